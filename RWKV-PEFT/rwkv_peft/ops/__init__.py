@@ -1,0 +1,1 @@
+"""Operators: WKV6, and what builds their compiled forms. Imports nothing above `config`."""

@@ -1,0 +1,240 @@
+"""Compile and load the C++ and CUDA operators, on first use.
+
+The sources lie in `<package>/_csrc` when installed and in `<clone>/cuda` in a clone. What is built goes to PyTorch's
+extensions folder (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), named by a hash of all that shapes it.
+
+    python -m rwkv_peft.ops.build                            build or find the op of this machine's CPU
+    python -m rwkv_peft.ops.build --cuda-check sm_80 sm_90   compile every .cu for these GPUs, run nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Library:
+    """One shared library. Its sources lie in one folder, beside the headers they include."""
+
+    folder: str
+    sources: tuple[str, ...]
+    needs_cuda: bool = False
+
+
+LIBRARIES = {
+    "wkv6": Library("wkv6", ("wkv6_op.cpp", "wkv6_cpu.cpp")),
+    "wkv6_cuda": Library("wkv6", ("wkv6_cuda_op.cpp", "wkv6_cuda.cu"), needs_cuda=True),
+}
+
+# -march=native rather than one clone per instruction set: GCC's target_clones reaches neither templates nor the bodies
+# it outlines for OpenMP, and the machine that compiles is the machine that runs. The CPU's flags are in the hash, so
+# machines that share a home folder each get their own build.
+# Not -ffast-math: it lets the compiler assume that no inf or NaN occurs. These two only drop errno and FP traps.
+# -fopenmp is missing from the link on purpose: the symbols then resolve to the OpenMP that PyTorch has loaded, and
+# both share one pool of threads.
+CXX_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
+# GCC and Clang prefer 256-bit vectors on CPUs with AVX-512; the sweeps gain from the full width.
+X86_FLAGS = ("-mprefer-vector-width=512",)
+NVCC_FLAGS = ("-O3", "-std=c++20")
+
+
+def source_dir() -> Path:
+    """The folder of C++ and CUDA sources.
+
+    Raises:
+        FileNotFoundError: neither an installed package nor a clone.
+    """
+    package = Path(__file__).resolve().parents[1]
+    candidates = (package / "_csrc", package.parents[1] / "cuda")
+    for folder in candidates:
+        if (folder / "wkv6").is_dir():
+            return folder
+    raise FileNotFoundError(f"no C++ sources in {' or '.join(map(str, candidates))}")
+
+
+@functools.cache
+def load_library(name: str) -> str | None:
+    """Load one of `LIBRARIES` into this process, building it if no finished build fits.
+
+    Returns:
+        None when it is loaded, else the reason in one line: no compiler, no nvcc, the compiler's first errors.
+    """
+    library = LIBRARIES[name]
+    if library.needs_cuda and not torch.cuda.is_available():
+        return "this PyTorch sees no CUDA device"
+    try:
+        folder = _build_folder(name, library)
+        if not _finished(folder):
+            if reason := _missing_tool(library):
+                return reason
+            _build(library, folder)
+        torch.ops.load_library(folder / f"{folder.name}.so")
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.debug("building %s failed", name, exc_info=True)
+        return _first_errors(str(error))
+    return None
+
+
+def _missing_tool(library: Library) -> str | None:
+    if library.needs_cuda and find_nvcc() is None:
+        return "no CUDA compiler: nvcc is neither on PATH nor under CUDA_HOME"
+    if shutil.which(_compiler()) is None:
+        return f"no C++ compiler: {_compiler()!r} is not on PATH (Debian: apt install g++; or set CXX)"
+    return None
+
+
+def _build(library: Library, folder: Path) -> None:
+    """Build in `folder` unless another process just did."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_builder(folder), _ninja_on_path():
+        if _finished(folder):
+            return
+        logger.info("building %s (some 15 s, once)", folder)
+        cpp_extension.load(
+            folder.name,
+            [str(source_dir() / library.folder / source) for source in library.sources],
+            extra_cflags=_cxx_flags(),
+            extra_cuda_cflags=list(NVCC_FLAGS),
+            build_directory=str(folder),
+            is_python_module=False,
+        )
+        (folder / "finished").touch()
+
+
+def _finished(folder: Path) -> bool:
+    """Whether the library is whole: the marker is written last, a killed linker leaves half a file without it."""
+    return (folder / "finished").exists()
+
+
+def _build_folder(name: str, library: Library) -> Path:
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return Path(root) / f"rwkv_peft_{name}_{_fingerprint(library)}"
+
+
+def _fingerprint(library: Library) -> str:
+    """A hash of everything that shapes the library, so that a stale build is never taken for a fresh one."""
+    digest = hashlib.sha256()
+    for path in sorted((source_dir() / library.folder).iterdir()):  # all of it: headers are not listed anywhere
+        digest.update(path.name.encode() + path.read_bytes())
+    facts = [torch.__version__, _compiler(), *_cxx_flags(), platform.machine(), _cpu_flags()]
+    if library.needs_cuda:
+        capability = torch.cuda.get_device_capability()
+        facts += [*NVCC_FLAGS, str(capability), os.environ.get("TORCH_CUDA_ARCH_LIST", "")]
+    digest.update("\n".join(facts).encode())
+    return digest.hexdigest()[:16]
+
+
+def _cxx_flags() -> list[str]:
+    return [*CXX_FLAGS, *(X86_FLAGS if platform.machine() == "x86_64" else ())]
+
+
+def _cpu_flags() -> str:
+    """The CPU's instruction sets, as the kernel lists them on x86 ("flags") and ARM ("Features")."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++")  # as torch.utils.cpp_extension chooses it
+
+
+@contextlib.contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    """Let one process build at a time, and get past a lock whose owner was killed.
+
+    PyTorch's own lock is a file that its owner removes: left by a killed process, it makes every later one wait for
+    ever. The kernel drops an flock with its owner, so while we hold ours, a `lock` file can only be such a leftover.
+    """
+    with open(folder / "builder", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """pip puts ninja beside the interpreter, which is not on PATH unless the environment was activated."""
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((before, str(Path(sys.executable).parent)))
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
+def _first_errors(output: str, limit: int = 2) -> str:
+    """The compiler's first errors out of ninja's output, or its last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.search(r"\b(fatal )?error\b", line, re.IGNORECASE)]
+    compiler_errors = [line for line in errors if re.search(r":\d+.*error", line)]
+    return "; ".join((compiler_errors or errors or lines[-1:])[:limit])
+
+
+def find_nvcc() -> str | None:
+    """nvcc of CUDA_HOME, else of PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
+
+
+def compile_cuda_sources(archs: Sequence[str]) -> list[str]:
+    """Compile every .cu with nvcc for each architecture ("sm_80"), keeping nothing.
+
+    Returns:
+        One message per file and architecture that failed; empty when all compiled.
+    Raises:
+        FileNotFoundError: nvcc is missing.
+    """
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise FileNotFoundError("nvcc is neither under CUDA_HOME nor on PATH")
+    failures = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for source in sorted(source_dir().rglob("*.cu")):
+            for arch in archs:
+                command = [nvcc, *NVCC_FLAGS, f"-arch={arch}", "-c", str(source), "-o", f"{scratch}/{source.stem}.o"]
+                result = subprocess.run(command, capture_output=True, text=True, check=False)
+                if result.returncode != 0:
+                    failures.append(f"{source} for {arch}:\n{result.stdout}{result.stderr}")
+    return failures
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rwkv_peft.ops.build", description=__doc__.splitlines()[0])
+    parser.add_argument("--cuda-check", nargs="+", metavar="ARCH", help="compile every .cu for these, e.g. sm_80 sm_90")
+    archs = parser.parse_args(argv).cuda_check
+    if archs is None:
+        reason = load_library("wkv6")
+        print(reason or "wkv6: built and loaded")
+        return int(reason is not None)
+    if find_nvcc() is None:
+        print("cuda-check skipped: no nvcc")
+        return 0
+    failures = compile_cuda_sources(archs)
+    print("\n".join(failures) or f"cuda-check: every .cu compiles for {', '.join(archs)}")
+    return int(bool(failures))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
