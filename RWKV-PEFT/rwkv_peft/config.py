@@ -1,0 +1,207 @@
+"""Every setting of a run, as frozen dataclasses that check themselves.
+
+The fields are also the command line: `cli.py` makes one flag of each, and the string below a field is its
+help text. Nothing here imports torch, so that `--help` stays fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from rwkv_peft.errors import ConfigError
+
+
+def _require(flag: str, value: Any, good: bool, expected: str) -> None:
+    if not good:
+        raise ConfigError(flag, found=value, expected=expected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the model. 0 means: read it from the checkpoint, or follow RWKV-LM's rule."""
+
+    n_layer: int = 0
+    """Number of blocks. Read from --load_model when there is one."""
+    n_embd: int = 0
+    """Width of the residual stream. Read from --load_model when there is one."""
+    vocab_size: int = 0
+    """Rows of the embedding and of the head; 65536 for the RWKV World tokenizer."""
+    head_size: int = field(default=0, metadata={"aliases": ("head_size_a",)})
+    """Channels of one WKV head; 64 in every public model."""
+    dim_att: int = 0
+    """Width of time-mix; equal to n_embd unless said otherwise."""
+    dim_ffn: int = 0
+    """Inner width of channel-mix; 3.5 x n_embd, rounded down to a multiple of 32, unless said otherwise."""
+    time_mix_rank: int = 0
+    """Rank of the data-dependent token-shift mixes; 32, or 64 from n_embd 4096 on."""
+    time_decay_rank: int = 0
+    """Rank of the data-dependent decay; 64, or 128 from n_embd 4096 on."""
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            _require(spec.name, value, value >= 0, "a positive integer")
+        if self.head_size and self.dim_att % self.head_size:
+            raise ConfigError("dim_att", found=self.dim_att, expected=f"a multiple of head_size {self.head_size}")
+
+    @property
+    def n_head(self) -> int:
+        return self.dim_att // self.head_size
+
+    def resolved(self) -> ModelConfig:
+        """The same shape with every 0 filled in by RWKV-LM's rules; raises ConfigError where no rule exists."""
+        for name in ("n_layer", "n_embd"):
+            _require(name, getattr(self, name), getattr(self, name) > 0, "a positive integer (or give --load_model)")
+        wide = self.n_embd >= 4096
+        return replace(
+            self,
+            vocab_size=self.vocab_size or 65536,
+            head_size=self.head_size or 64,
+            dim_att=self.dim_att or self.n_embd,
+            dim_ffn=self.dim_ffn or int(self.n_embd * 3.5) // 32 * 32,
+            time_mix_rank=self.time_mix_rank or (64 if wide else 32),
+            time_decay_rank=self.time_decay_rank or (128 if wide else 64),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftConfig:
+    """What trains, and by which method."""
+
+    peft: str = "none"
+    """Fine-tuning method: bone, lora, or none (every weight trains)."""
+    peft_config: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the method as JSON, in single quotes: '{"r":64,"mode":"row"}'. --bone_config and --lora_config too."""
+    train_parts: tuple[str, ...] = ()
+    """Base parameters that train beside the adapter: time (time_*), ln (ln*), or globs over name segments."""
+    adapter_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Storage of the trained parameters; fp32 keeps small updates that bf16 would round away."""
+    quant: Literal["none"] = "none"
+    """Quantisation of the frozen base. Only none so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tokens, in which order."""
+
+    data_file: str = ""
+    """Prefix of a binidx pair (PREFIX.bin, PREFIX.idx), as tools/json2binidx.py writes it."""
+    data_type: Literal["binidx"] = "binidx"
+    """Format of --data_file."""
+    ctx_len: int = 1024
+    """Tokens of one training sample."""
+    micro_bsz: int = 4
+    """Samples per device and step."""
+    dataload: Literal["get", "pad"] = "get"
+    """get: random windows over all tokens; pad: one document a row, padded with masked zeros."""
+    loss_mask: Literal["none", "pad"] = "none"
+    """Tokens kept out of the loss beyond padding, which never trains: none and pad mean the same so far."""
+    epoch_steps: int = 0
+    """Batches of one epoch (a batch is nodes x devices x micro_bsz samples); 0 means one pass over the data."""
+    epoch_count: int = 1
+    """Number of epochs."""
+    epoch_begin: int = 0
+    """Number of the first epoch: where the data order and the file names go on."""
+    random_seed: int = 42
+    """Seed of the data order and of new weights; -1 draws one and writes it down."""
+
+    def __post_init__(self) -> None:
+        for name in ("ctx_len", "micro_bsz", "epoch_count"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
+        for name in ("epoch_steps", "epoch_begin"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
+        _require("random_seed", self.random_seed, self.random_seed >= -1, "an integer of at least 0, or -1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr_init: float = 2e-5
+    """Learning rate after warmup."""
+    lr_final: float = 2e-5
+    """Learning rate at the end, reached exponentially as in RWKV-LM."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the rate rises from 1 % to lr_init."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean."""
+    beta2: float = 0.99
+    """AdamW's decay of the variance."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    layerwise_lr: Literal[0, 1] = 1
+    """1: base time_decay parameters learn at twice the rate, as in RWKV-LM; 0: one rate for all."""
+    grad_clip: float = field(default=1.0, metadata={"aliases": ("gradient_clip_val",)})
+    """Largest global gradient norm; 0 turns clipping off."""
+    accumulate_grad_batches: int = 1
+    """Batches summed into one optimizer step."""
+
+    def __post_init__(self) -> None:
+        for name in ("lr_init", "lr_final", "weight_decay", "grad_clip", "adam_eps"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "a number of at least 0")
+        for name in ("beta1", "beta2"):
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        for name, least in (("accumulate_grad_batches", 1), ("warmup_steps", -1)):  # RWKV-LM's -1 is no warmup
+            _require(name, getattr(self, name), getattr(self, name) >= least, f"an integer of at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Where the run starts, what it runs on, and what it leaves behind."""
+
+    load_model: str = ""
+    """Pretrained RWKV-6 .pth to start from. Without it, shape flags start a model from scratch."""
+    proj_dir: str = "out"
+    """Folder of the run: adapters, config.yaml, metrics.jsonl."""
+    epoch_save: int = 1
+    """Save every so many epochs; the last epoch is always saved."""
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where to train; auto takes a GPU where there is one."""
+    devices: str = "1"
+    """Devices per node: a number, or auto for all."""
+    num_nodes: int = 1
+    """Number of machines."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the model; auto is bf16 on a GPU that has it, else fp32. What trains is kept in fp32."""
+    strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2"] = "auto"
+    """How devices share the work (Lightning's names)."""
+    grad_cp: Literal[0, 1] = 0
+    """1: recompute each block in the backward pass; less memory, one more forward pass."""
+    wkv: Literal["auto", "native", "torch", "reference"] = "auto"
+    """WKV6 operator: native (compiled), torch (chunked), reference (plain loop), or auto."""
+    wandb: str = ""
+    """Weights & Biases project to log to (needs the package wandb)."""
+    dry_run: bool = False
+    """Print what would train and stop; no weights are allocated for a model from scratch."""
+    debug: bool = False
+    """Show Python tracebacks for mistakes in the input too."""
+
+    def __post_init__(self) -> None:
+        _require("epoch_save", self.epoch_save, self.epoch_save >= 1, "an integer of at least 1")
+        _require("num_nodes", self.num_nodes, self.num_nodes >= 1, "an integer of at least 1")
+        good = self.devices == "auto" or (self.devices.isdigit() and int(self.devices) >= 1)
+        _require("devices", self.devices, good, "a number of at least 1, or auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: the sections are what each part of the program receives."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+SECTIONS: Mapping[str, type] = {
+    "train": TrainConfig,
+    "model": ModelConfig,
+    "peft": PeftConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+}

@@ -1,0 +1,1 @@
+"""From text to batches: tokenizer -> binidx pair -> sample(seed, epoch, index) -> mask -> DataModule."""

@@ -1,0 +1,138 @@
+"""Batches for Lightning. The only file of the data path that knows about epochs in progress, ranks and batches.
+
+B = micro_bsz, T = ctx_len.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import pytorch_lightning as pl
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rwkv_peft.config import DataConfig
+from rwkv_peft.data.binidx import BinidxReader
+from rwkv_peft.data.sampling import DataPlan, Samples, make_plan
+from rwkv_peft.data.tokenizer import same_tokenizer
+from rwkv_peft.errors import DataError
+
+SampleKey = tuple[int, int]
+"""(epoch, index of the sample in it). Carrying the epoch in the key keeps it out of the data set's state."""
+
+
+class BinidxDataModule(pl.LightningDataModule):
+    """Training batches from a binidx pair: input_ids (B, T) int64, targets (B, T) int64, loss_mask (B, T) bool.
+
+    At step s of an epoch, rank q of w gets the samples (s*w + q)*B .. +B-1: all ranks together get what one process
+    with a batch of w*B gets. The trainer must run with `use_distributed_sampler=False`.
+
+    Args:
+        config: which data, in which order. Lightning's epoch e is epoch `config.epoch_begin + e` of the data.
+        vocab_size: rows of the model's embedding; any id in the data must be below.
+        tokenizer_identity: of the adapter that trains on, where it knows; the data must agree, where it knows.
+    Raises (from `setup`):
+        DataError: the pair is missing, damaged, of another tokenizer, or has ids beyond the vocabulary.
+    """
+
+    def __init__(
+        self, config: DataConfig, vocab_size: int, tokenizer_identity: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self._vocab_size = vocab_size
+        self._expected_identity = tokenizer_identity
+        self._samples: Samples | None = None
+
+    @property
+    def reader(self) -> BinidxReader:
+        """The pair; there after `setup`."""
+        return self._ready().reader
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open and check the pair, once."""
+        if self._samples is not None:
+            return
+        reader = BinidxReader(self.config.data_file)
+        _check_identity(reader, self._expected_identity)
+        self._samples = Samples(reader, self.config, self._vocab_size)
+
+    def plan(self, world_size: int) -> DataPlan:
+        """Steps and passes of the run on `world_size` devices, after `setup`."""
+        return make_plan(self.reader, self.config, world_size)
+
+    def train_dataloader(self) -> DataLoader:
+        """This rank's share of every epoch."""
+        config, trainer = self.config, self.trainer
+        sampler = EpochSampler(
+            steps=self.plan(trainer.world_size).steps_per_epoch,
+            micro_bsz=config.micro_bsz,
+            world_size=trainer.world_size,
+            rank=trainer.global_rank,
+            epoch_begin=config.epoch_begin,
+        )
+        # No workers: a sample of mapped memory takes about 40 us, less than passing it between processes.
+        dataset = SampleDataset(self._ready(), config.random_seed)
+        return DataLoader(dataset, batch_size=config.micro_bsz, sampler=sampler, num_workers=0)
+
+    def _ready(self) -> Samples:
+        if self._samples is None:
+            raise RuntimeError("call setup() first")
+        return self._samples
+
+
+def _check_identity(reader: BinidxReader, expected: Mapping[str, str] | None) -> None:
+    if expected is None or reader.meta is None or same_tokenizer(reader.meta.tokenizer, expected):
+        return
+    raise DataError(
+        reader.prefix,
+        "made with another tokenizer than the adapter's",
+        found=_named(reader.meta.tokenizer),
+        expected=_named(expected),
+        hint="Convert the text again with that tokenizer (tools/json2binidx.py --tokenizer).",
+    )
+
+
+def _named(identity: Mapping[str, str]) -> str:
+    return f"{identity['name']} (sha256 {identity['sha256'][:12]})"
+
+
+class SampleDataset(Dataset[dict[str, np.ndarray]]):
+    """`Samples` under one seed, as torch wants it."""
+
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self._samples = samples
+        self._seed = seed
+
+    def __getitem__(self, key: SampleKey) -> dict[str, np.ndarray]:
+        epoch, index = key
+        return self._samples.sample(self._seed, epoch, index)
+
+
+class EpochSampler(Sampler[SampleKey]):
+    """The sample keys of one rank, in order.
+
+    Lightning calls `set_epoch` on a loader's `sampler` before each epoch, and never on its `batch_sampler`, so this is
+    the former. Keys are made lazily, since Lightning also makes the iterator of a resumed epoch before that call.
+    """
+
+    def __init__(self, *, steps: int, micro_bsz: int, world_size: int, rank: int, epoch_begin: int) -> None:
+        self._steps = steps
+        self._micro_bsz = micro_bsz
+        self._world_size = world_size
+        self._rank = rank
+        self._epoch_begin = epoch_begin
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go on with the trainer's epoch `epoch`, counted from 0."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._steps * self._micro_bsz
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        for step in range(self._steps):
+            first = (step * self._world_size + self._rank) * self._micro_bsz
+            for i in range(self._micro_bsz):
+                yield self._epoch_begin + self._epoch, first + i

@@ -1,0 +1,174 @@
+"""Text to token ids and back: three vocabularies behind one protocol.
+
+    world            RWKV World, 65536 ids (tokens are 1..65529), through the package pyrwkv-tokenizer
+    bytes            id = byte + 1, 257 ids
+    a path           any Hugging Face tokenizer.json, through the package tokenizers
+
+The two packages are imported when a tokenizer is made, so that `--help` and training never wait for them.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+from rwkv_peft.errors import ConfigError, DataError
+
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+"""Shown for an id that stands for nothing, and for bytes that are not UTF-8."""
+
+EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]")
+"""How vocabularies call the token that ends a document; the first one found is taken."""
+
+
+class Tokenizer(Protocol):
+    """What the data path needs of a vocabulary."""
+
+    spec: str
+    """What `load_tokenizer` takes to make this tokenizer again."""
+    vocab_size: int
+    """One more than the largest id that may occur."""
+    eod: int
+    """Id that ends a document. It decodes to nothing."""
+    identity: dict[str, str]
+    """`name`, for people, and `sha256` of the vocabulary, which alone decides whether two are the same."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without eod. `text` must be encodable as UTF-8 (no lone surrogates)."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`. Never raises: unknown ids and cut UTF-8 become U+FFFD."""
+
+
+def same_tokenizer(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
+    """Whether two identities mean the same ids for the same text."""
+    return a["sha256"] == b["sha256"]
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """The tokenizer that `--tokenizer` names: `world`, `bytes` or the path of a tokenizer.json.
+
+    Raises:
+        ConfigError: `spec` is neither a known name nor a file.
+        DataError: the file is not a tokenizer.json, or has no end-of-document token.
+    """
+    if spec == "world":
+        return WorldTokenizer()
+    if spec == "bytes":
+        return BytesTokenizer()
+    if Path(spec).is_file():
+        return JsonTokenizer(Path(spec))
+    raise ConfigError("tokenizer", found=repr(spec), expected="world, bytes or the path of a tokenizer.json")
+
+
+class WorldTokenizer:
+    """RWKV World: a greedy trie over 65529 byte strings; ids 1..256 are the single bytes, 0 ends a document."""
+
+    spec = "world"
+    vocab_size = 65536
+    eod = 0
+
+    def __init__(self) -> None:
+        from pyrwkv_tokenizer import RWKVTokenizer
+
+        self._trie = RWKVTokenizer()
+        self._vocabulary = Path(self._trie.vocab_filepath).read_bytes()
+        self.identity = {"name": "rwkv-world", "sha256": hashlib.sha256(self._vocabulary).hexdigest()}
+
+    def encode(self, text: str) -> list[int]:
+        return self._trie.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        # The package's own decode panics, past `except Exception`, on unknown ids and on cut UTF-8.
+        return _decode_bytes(self._table, ids)
+
+    @cached_property
+    def _table(self) -> list[bytes]:
+        """Bytes of each id. A line of the vocabulary file is `id literal length`, in the order of the ids."""
+        table = [b""]  # id 0, eod
+        for line in self._vocabulary.decode("utf-8").splitlines():
+            token = ast.literal_eval(line[line.index(" ") + 1 : line.rindex(" ")])
+            table.append(token.encode("utf-8") if isinstance(token, str) else token)
+        return table
+
+
+class BytesTokenizer:
+    """One id per byte of UTF-8: id = byte + 1, 0 ends a document."""
+
+    spec = "bytes"
+    vocab_size = 257
+    eod = 0
+    identity: Mapping[str, str] = {"name": "bytes", "sha256": hashlib.sha256(b"id = byte + 1, eod = 0").hexdigest()}
+    _table = (b"", *(bytes([byte]) for byte in range(256)))
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + 1 for byte in text.encode("utf-8")]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return _decode_bytes(self._table, ids)
+
+
+class JsonTokenizer:
+    """A Hugging Face tokenizer.json. Text that spells a special token becomes that token, as everywhere with them."""
+
+    def __init__(self, path: Path) -> None:
+        self.spec = str(path)
+        self._tokenizer, content = _read_tokenizer_json(path)
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.eod = _find_eod(path, vocabulary)
+        self._known = frozenset(vocabulary.values())
+        self.vocab_size = max(self._known) + 1  # ids may leave holes, so a count would be too small
+        self.identity = {"name": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        runs = groupby((int(i) for i in ids if i != self.eod), key=self._known.__contains__)
+        return "".join(self._decode_run(list(run), known) for known, run in runs)
+
+    def _decode_run(self, ids: list[int], known: bool) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False) if known else UNKNOWN * len(ids)
+
+
+def _decode_bytes(table: Sequence[bytes], ids: Iterable[int]) -> str:
+    unknown = UNKNOWN.encode("utf-8")
+    joined = b"".join(table[i] if 0 <= i < len(table) else unknown for i in ids)
+    return joined.decode("utf-8", errors="replace")
+
+
+def _read_tokenizer_json(path: Path) -> tuple[Any, bytes]:
+    """The `tokenizers.Tokenizer` in `path` and the content that decides its ids, in one canonical spelling.
+
+    Truncation and padding are for batches of sentences: they would cut documents short in silence, so they are
+    taken out of both.
+    """
+    from tokenizers import Tokenizer as HuggingFaceTokenizer
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        tokenizer = HuggingFaceTokenizer.from_str(text)
+    except Exception as error:  # the package raises plain Exception
+        raise DataError(str(path), "is not a tokenizer.json of Hugging Face tokenizers", found=error) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    content = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}
+    return tokenizer, json.dumps(content, sort_keys=True).encode("utf-8")
+
+
+def _find_eod(path: Path, vocabulary: Mapping[str, int]) -> int:
+    for name in EOD_NAMES:
+        if name in vocabulary:
+            return vocabulary[name]
+    raise DataError(
+        str(path),
+        "has no token that ends a document",
+        expected="one of " + " ".join(EOD_NAMES),
+        hint="Add one to the vocabulary, for instance with Tokenizer.add_special_tokens.",
+    )

@@ -1,0 +1,47 @@
+"""Binidx files for tests: by our writer, and assembled by hand."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class IdsOnly:
+    """Stands in for a tokenizer where only the vocabulary's size matters."""
+
+    vocab_size: int = 65536
+    spec: str = "ids"
+    eod: int = 0
+    identity: Mapping[str, str] = field(default_factory=lambda: {"name": "ids", "sha256": "0" * 64})
+
+
+def index_bytes(
+    sizes, *, code=8, itemsize=2, marks=None, pointers=None, magic=b"MMIDIDX\x00\x00", version=1, items=None
+) -> bytes:
+    """An .idx assembled field by field, as Megatron's `MMapIndexedDataset.Index` writes it."""
+    if pointers is None:
+        pointers = [sum(sizes[:i]) * itemsize for i in range(len(sizes))]
+    if marks is None:
+        marks = list(range(len(sizes) + 1))
+    return b"".join(
+        (
+            magic,
+            struct.pack("<Q", version),
+            struct.pack("<B", code),
+            struct.pack("<Q", len(sizes) if items is None else items),
+            struct.pack("<Q", len(marks)),
+            struct.pack(f"<{len(sizes)}i", *sizes),
+            struct.pack(f"<{len(pointers)}q", *pointers),
+            struct.pack(f"<{len(marks)}q", *marks),
+        )
+    )
+
+
+def write_files(prefix: Path, index: bytes, tokens: bytes) -> str:
+    """Put an index and tokens under `prefix`, which has no suffix; returns it as a string."""
+    prefix.with_suffix(".idx").write_bytes(index)
+    prefix.with_suffix(".bin").write_bytes(tokens)
+    return str(prefix)

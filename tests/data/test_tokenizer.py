@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rwkv_peft.data.tokenizer import BytesTokenizer, WorldTokenizer, load_tokenizer, same_tokenizer
+from rwkv_peft.errors import ConfigError, DataError
+
+WORLD = WorldTokenizer()
+BYTES = BytesTokenizer()
+BOTH = pytest.mark.parametrize("tokenizer", [WORLD, BYTES], ids=["world", "bytes"])
+
+TEXTS = [
+    "The quick brown fox.\n\n",
+    "你好，世界！数据很重要。",
+    "😀👩‍👩‍👧 ok",
+    "\x00\x01\t\r\n",
+    "e\u0301 é ß ﷺ",
+    " " * 300,
+]
+
+
+def train_json_tokenizer(path: Path, special: list[str], *, truncate: bool = False) -> str:
+    """A byte-level BPE of a few merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    if truncate:
+        tokenizer.enable_truncation(5)
+    tokenizer.save(str(path))
+    return str(path)
+
+
+def test_world_ids_1_to_256_are_the_single_bytes():
+    text = "".join(chr(c) for c in range(0x700)) + "你😀"
+    assert WORLD.decode([byte + 1 for byte in text.encode()]) == text
+    assert WORLD.encode("a") == [98]
+
+
+def test_world_agrees_with_the_rwkv_package():
+    rwkv_tokenizer = pytest.importorskip("rwkv.rwkv_tokenizer", reason="the rwkv package is a development dependency")
+    vocabulary = Path(rwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+    trie = rwkv_tokenizer.TRIE_TOKENIZER(str(vocabulary))
+    assert [WORLD.encode(text) for text in TEXTS] == [trie.encode(text) for text in TEXTS]
+
+
+@BOTH
+@given(text=st.text())
+def test_any_unicode_round_trips(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert all(0 < i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.decode([*ids, tokenizer.eod]) == text
+
+
+@BOTH
+@given(ids=st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 70000)))
+def test_decode_takes_any_ids(tokenizer, ids):
+    assert isinstance(tokenizer.decode(ids), str)
+
+
+@BOTH
+def test_cut_utf8_and_unknown_ids_show_as_replacement(tokenizer):
+    pieces = [byte + 1 for byte in "a😀".encode()]
+    assert [tokenizer.decode(pieces[:n]) for n in range(1, 6)] == ["a", "a\ufffd", "a\ufffd", "a\ufffd", "a😀"]
+    assert tokenizer.decode([98, 65530, 98, -1, 0]) == "a\ufffda\ufffd"
+
+
+def test_identities_tell_tokenizers_apart():
+    assert WORLD.identity["sha256"] == "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
+    assert same_tokenizer(WORLD.identity, load_tokenizer("world").identity)
+    assert not same_tokenizer(WORLD.identity, load_tokenizer("bytes").identity)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_json_tokenizer_round_trips(tmp_path, text):
+    spec = train_json_tokenizer(tmp_path / "tokenizer.json", ["<pad>", "<|endoftext|>"])
+    tokenizer = load_tokenizer(spec)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode([*ids, tokenizer.eod]) == text
+    assert max(ids) < tokenizer.vocab_size == 300
+    assert (tokenizer.spec, tokenizer.eod) == (spec, 1)
+    assert tokenizer.decode([*ids, 300, -1, 2**40, *ids]) == text + "\ufffd\ufffd\ufffd" + text
+
+
+def test_json_tokenizer_never_truncates_and_is_the_same_without_truncation(tmp_path):
+    plain = load_tokenizer(train_json_tokenizer(tmp_path / "plain.json", ["</s>"]))
+    truncating = load_tokenizer(train_json_tokenizer(tmp_path / "truncating.json", ["</s>"], truncate=True))
+    other = load_tokenizer(train_json_tokenizer(tmp_path / "other.json", ["<eos>"]))
+    assert len(truncating.encode("word " * 50)) == len(plain.encode("word " * 50)) > 5
+    assert same_tokenizer(plain.identity, truncating.identity)
+    assert not same_tokenizer(plain.identity, other.identity)
+
+
+def test_json_vocabulary_with_holes_counts_to_its_largest_id(tmp_path):
+    content = json.loads(Path(train_json_tokenizer(tmp_path / "tokenizer.json", ["</s>"])).read_text())
+    content["model"]["vocab"]["zz"] = 5000
+    (tmp_path / "holes.json").write_text(json.dumps(content))
+    assert load_tokenizer(str(tmp_path / "holes.json")).vocab_size == 5001
+
+
+def test_json_tokenizer_without_eod_is_an_error(tmp_path):
+    spec = train_json_tokenizer(tmp_path / "tokenizer.json", ["<pad>"])
+    with pytest.raises(DataError, match=r"tokenizer\.json: has no token that ends a document.*<\|endoftext\|>"):
+        load_tokenizer(spec)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"model": 3}', "plain text"])
+def test_broken_tokenizer_file_is_an_error(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer\.json: is not a tokenizer\.json"):
+        load_tokenizer(str(path))
+
+
+def test_unknown_tokenizer_is_an_error():
+    with pytest.raises(ConfigError, match=r"--tokenizer: .*'wrld'.*world, bytes or the path"):
+        load_tokenizer("wrld")
