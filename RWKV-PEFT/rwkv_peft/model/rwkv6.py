@@ -1,0 +1,189 @@
+"""RWKV-6 x060 with the public names, shapes and order of its parameters.
+
+Letters: B batch, T tokens, C n_embd, A dim_att, F dim_ffn, H heads, N head size, V vocabulary.
+Parameters are registered in RWKV-LM's order, since the `rwkv` package reads the head count off it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rwkv_peft.config import ModelConfig
+from rwkv_peft.model.state import LayerState, ModelState, zero_state
+from rwkv_peft.ops.wkv6 import wkv6
+
+LN_X_EPS = 64e-5
+"""1e-5 x head_size_divisor^2, with RWKV-LM's divisor of 8."""
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer whose weight may be wider than its input (fp32 master weights under bf16)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Weights are loaded, or initialised by init.py: nothing to do here."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the input's dtype; its statistics are fp32 inside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in the input's dtype, over the channels of each head."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def token_shift(x: Tensor, last: Tensor) -> Tensor:
+    """Each token's predecessor: (B, T, C) with the token before the first, (B, C)."""
+    return torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1)
+
+
+class TimeMix(nn.Module):
+    """Attention's counterpart: data-dependent token shift, five projections, the WKV6 recurrence, gate."""
+
+    def __init__(self, config: ModelConfig, wkv_backend: str = "auto") -> None:
+        super().__init__()
+        c, a = config.n_embd, config.dim_att
+        self.n_head, self.head_size, self.wkv_backend = config.n_head, config.head_size, wkv_backend
+        for name in ("x", "w", "k", "v", "r", "g"):
+            self.register_parameter(f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, c)))
+        self.time_maa_w1 = nn.Parameter(torch.empty(c, 5 * config.time_mix_rank))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, config.time_mix_rank, c))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, a))
+        self.time_decay_w1 = nn.Parameter(torch.empty(c, config.time_decay_rank))
+        self.time_decay_w2 = nn.Parameter(torch.empty(config.time_decay_rank, a))
+        self.time_faaaa = nn.Parameter(torch.empty(config.n_head, config.head_size))
+        self.receptance = Linear(c, a)
+        self.key = Linear(c, a)
+        self.value = Linear(c, a)
+        self.output = Linear(a, c)
+        self.gate = Linear(c, a)
+        self.ln_x = GroupNorm(config.n_head, a, eps=LN_X_EPS)
+
+    def forward(self, x: Tensor, shift: Tensor, wkv_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C), shift (B, C), wkv_state (B, H, N, N) -> (y (B, T, C), shift, wkv_state)."""
+        heads = (self.n_head, self.head_size)
+        xw, xk, xv, xr, xg = self._mix(x, token_shift(x, shift) - x)
+        r = self.receptance(xr).unflatten(-1, heads)  # (B, T, H, N)
+        k = self.key(xk).unflatten(-1, heads)
+        v = self.value(xv).unflatten(-1, heads)
+        w = self._decay(xw).unflatten(-1, heads)
+        y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, backend=self.wkv_backend)
+        y = self.ln_x(y.flatten(0, 1).flatten(-2)).view(*x.shape[:2], -1)  # (B, T, A)
+        return self.output(y * F.silu(self.gate(xg))), x[:, -1], wkv_state
+
+    def _mix(self, x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+        """The inputs of decay, key, value, receptance and gate: x moved towards its predecessor, by how much
+        depends on the data. delta is predecessor - x, (B, T, C)."""
+        dtype = x.dtype
+        low_rank = torch.tanh((x + delta * self.time_maa_x.to(dtype)) @ self.time_maa_w1.to(dtype))
+        low_rank = low_rank.unflatten(-1, (5, -1)).movedim(-2, 0).flatten(1, 2)  # (5, B*T, rank)
+        amounts = torch.bmm(low_rank, self.time_maa_w2.to(dtype)).unflatten(1, x.shape[:2])  # (5, B, T, C)
+        base = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        return tuple(x + delta * (maa.to(dtype) + amount) for maa, amount in zip(base, amounts, strict=True))
+
+    def _decay(self, xw: Tensor) -> Tensor:
+        """w of exp(-exp(w)), (B, T, A), in fp32 or wider: bf16 has too few bits for a long memory."""
+        low_rank = torch.tanh(xw @ self.time_decay_w1.to(xw.dtype)) @ self.time_decay_w2.to(xw.dtype)
+        wide = torch.promote_types(xw.dtype, torch.float32)
+        return self.time_decay.to(wide) + low_rank.to(wide)
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward layer: squared ReLU, gated by a receptance, on a token shift."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, config.n_embd))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, config.n_embd))
+        self.key = Linear(config.n_embd, config.dim_ffn)
+        self.receptance = Linear(config.n_embd, config.n_embd)
+        self.value = Linear(config.dim_ffn, config.n_embd)
+
+    def forward(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), shift (B, C) -> (y (B, T, C), shift)."""
+        delta = token_shift(x, shift) - x
+        k = self.key(x + delta * self.time_maa_k.to(x.dtype))  # (B, T, F)
+        r = self.receptance(x + delta * self.time_maa_r.to(x.dtype))  # (B, T, C)
+        return torch.sigmoid(r) * self.value(torch.relu(k).square()), x[:, -1]
+
+
+class Block(nn.Module):
+    """Time-mix and channel-mix with pre-norm residuals; the first block also normalises the embedding."""
+
+    def __init__(self, config: ModelConfig, layer: int, wkv_backend: str = "auto") -> None:
+        super().__init__()
+        self.ln1 = LayerNorm(config.n_embd)
+        self.ln2 = LayerNorm(config.n_embd)
+        if layer == 0:
+            self.ln0 = LayerNorm(config.n_embd)
+        self.att = TimeMix(config, wkv_backend)
+        self.ffn = ChannelMix(config)
+
+    def forward(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """x (B, T, C) -> (x, state after the last token)."""
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        y, att_shift, wkv = self.att(self.ln1(x), state.att_shift, state.wkv)
+        x = x + y
+        y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift)
+        return x + y, LayerState(att_shift, wkv, ffn_shift)
+
+
+class RWKV6(nn.Module):
+    """The language model: token ids (B, T) -> logits (B, T, V), and the state after them.
+
+    Args:
+        config: resolved shape.
+        dtype: of the activations; parameters may be wider.
+        grad_cp: recompute every block in the backward pass.
+        wkv_backend: see ops.wkv6.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        grad_cp: bool = False,
+        wkv_backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.config, self.dtype, self.grad_cp = config, dtype, grad_cp
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer, wkv_backend) for layer in range(config.n_layer))
+        self.ln_out = LayerNorm(config.n_embd)
+        self.head = Linear(config.n_embd, config.vocab_size)
+
+    def forward(self, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """ids (B, T) int64 -> (logits (B, T, V) in the activations' dtype, state). T >= 1, any batch."""
+        x, state = self.hidden(ids, state)
+        return self.head(x), state
+
+    def hidden(self, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
+        """The head's input, (B, T, C), and the state."""
+        x = self.emb(ids).to(self.dtype)
+        if state is None:
+            state = zero_state(self.config, ids.shape[0], x.device, x.dtype)
+        after = []
+        for block, before in zip(self.blocks, state, strict=True):
+            if self.grad_cp and torch.is_grad_enabled():
+                # Reentrant checkpointing trains silently wrong below a frozen embedding.
+                x, layer_state = checkpoint(block, x, before, use_reentrant=False)
+            else:
+                x, layer_state = block(x, before)
+            after.append(layer_state)
+        return self.ln_out(x), after

@@ -1,0 +1,45 @@
+"""What several test files need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.checkpoint import save_base
+from rwkv_peft.config import ModelConfig
+from rwkv_peft.model.init import model_from_scratch
+from rwkv_peft.model.rwkv6 import RWKV6
+
+TINY = ModelConfig(n_layer=2, n_embd=64, vocab_size=80, head_size=32, dim_ffn=128, dim_att=64).resolved()
+"""A model small enough for every test; its head size is not the public one."""
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    """||a - b|| / ||b||, in float64."""
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def lively_model(config: ModelConfig = TINY, seed: int = 0, **options) -> RWKV6:
+    """A model in which every parameter matters: RWKV-LM's init has zeros that hide mistakes."""
+    model = model_from_scratch(config, seed, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def write_base(path: Path, config: ModelConfig = TINY, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """A lively base model as a `.pth`."""
+    state = lively_model(config, seed).state_dict()
+    save_base({key: tensor.to(dtype) for key, tensor in state.items()}, path)
+    return path
+
+
+def with_shape(**changes) -> ModelConfig:
+    """TINY with other numbers."""
+    return replace(TINY, **changes)
