@@ -1,0 +1,148 @@
+"""Bone (Block Affine, arXiv 2409.15371): the update dW = W bone + bone, block by block.
+
+W is (O, I), cut into r x r blocks W_ab (a: output block, b: input block). Three layouts share matrices:
+
+    row   bone (I/r, r, r)   dW_ab = W_ab B_b + B_b        one matrix per input block  (eq. 8-10 by rows)
+    col   bone (O/r, r, r)   dW_ab = W_ab B_a + B_a        one matrix per output block (eq. 5-7, Tables 2-4)
+    left  bone (O/r, r, r)   dW_ab = B_a^T W_ab + B_a^T    eq. 8-10 read literally in Y = X (W + dW)
+
+`block_affine_delta` is the definition. The functions below it never hold a weight-sized tensor for backward.
+Letters: N rows (batch x time), O out_features, I in_features, r block size; s = sum_b x_b.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+COL_GROUP_ROWS = 512
+"""Output rows of W + dW that `bone_col` builds at a time: large enough for a fast matmul, small beside W."""
+
+
+def block_affine_delta(weight: Tensor, bone: Tensor, mode: str) -> Tensor:
+    """dW by its definition, all blocks at once.
+
+    Args:
+        weight: (O, I), r divides both.
+        bone: (I/r, r, r) for `row`, (O/r, r, r) for `col` and `left`; weight's dtype.
+        mode: row, col or left.
+    Returns:
+        (O, I), a pure delta.
+    """
+    r = bone.shape[-1]
+    blocks = weight.unflatten(1, (-1, r)).unflatten(0, (-1, r)).transpose(1, 2)  # (O/r, I/r, r, r)
+    if mode == "row":
+        delta = blocks @ bone + bone
+    elif mode == "col":
+        delta = blocks @ bone[:, None] + bone[:, None]
+    elif mode == "left":
+        delta = bone.mT[:, None] @ blocks + bone.mT[:, None]
+    else:
+        raise ValueError(f"mode {mode!r} is none of row, col, left")
+    return delta.transpose(1, 2).reshape(weight.shape)
+
+
+def bone_row(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+    """y = x (W + dW)^T with dW_ab = W_ab B_b + B_b, one r x r matrix per *input* block.
+
+    The update acts on the input alone: W_ab B_b x_b = W_ab (B_b x_b), so with p_b = B_b x_b
+        y = W (x + p) + tile(sum_b p_b)
+    which costs I*r per row beside the frozen product.
+
+    Args:
+        x: (..., I), any float dtype.
+        weight: (O, I) in x's dtype, frozen; r divides O and I (checked at injection).
+        bone: (I/r, r, r) in x's dtype.
+    Returns:
+        (..., O) in x's dtype.
+    """
+    r = bone.shape[-1]
+    p = _per_block(x, bone)  # (..., I/r, r)
+    y = F.linear(x + p.flatten(-2), weight)  # (..., O)
+    return y + _tile(p.sum(-2), weight.shape[0] // r)
+
+
+def bone_left(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+    """y = x (W + dW)^T with dW_ab = B_a^T W_ab + B_a^T, one r x r matrix per *output* block.
+
+    The update acts on the output alone: with h = W x,  y_a = h_a + B_a^T (h_a + s).
+
+    Args and returns as `bone_row`, but bone is (O/r, r, r).
+    """
+    r = bone.shape[-1]
+    h = F.linear(x, weight)  # (..., O)
+    s = x.unflatten(-1, (-1, r)).sum(-2)  # (..., r)
+    return h + _per_block(h + _tile(s, weight.shape[0] // r), bone.mT).flatten(-2)
+
+
+def bone_col(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+    """y = x (W + dW)^T with dW_ab = W_ab B_a + B_a, one r x r matrix per *output* block.
+
+    B_a mixes the columns of every block of its row of blocks, so it cannot be moved to x or y: W + W B is
+    needed, and is built a group of output rows at a time and dropped. Backward keeps x, W and bone only.
+
+    Args and returns as `bone_row`, but bone is (O/r, r, r).
+    """
+    return _BoneCol.apply(x.reshape(-1, x.shape[-1]), weight, bone).unflatten(0, x.shape[:-1])
+
+
+def _per_block(x: Tensor, bone: Tensor) -> Tensor:
+    """B_b x_b for every block: (..., I) with (I/r, r, r) -> (..., I/r, r)."""
+    return torch.einsum("brc,...bc->...br", bone, x.unflatten(-1, (-1, bone.shape[-1])))
+
+
+def _tile(s: Tensor, times: int) -> Tensor:
+    """(..., r) -> (..., times * r)."""
+    return s.unsqueeze(-2).expand(*s.shape[:-1], times, s.shape[-1]).flatten(-2)
+
+
+class _BoneCol(torch.autograd.Function):
+    """`bone_col` on (N, I) rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bone)
+        s = x.unflatten(-1, (-1, bone.shape[-1])).sum(1)  # (N, r)
+        y = _per_block(_tile(s, bone.shape[0]), bone).flatten(-2)  # (N, O): the "+ B_a" term
+        for rows, blocks in _groups(weight, bone):
+            y[:, rows] += x @ _mixed(weight[rows], bone[blocks]).mT
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x, weight, bone = ctx.saved_tensors
+        r = bone.shape[-1]
+        grad_x = grad_bone = None
+        if ctx.needs_input_grad[0]:
+            grad_s = _per_block(grad_y, bone.mT).sum(1)  # (N, r)
+            grad_x = _tile(grad_s, x.shape[-1] // r).contiguous()
+            for rows, blocks in _groups(weight, bone):
+                grad_x.addmm_(grad_y[:, rows], _mixed(weight[rows], bone[blocks]))
+        if ctx.needs_input_grad[2]:
+            s = x.unflatten(-1, (-1, r)).sum(1)  # (N, r)
+            grad_bone = torch.einsum("nar,nc->arc", grad_y.unflatten(-1, (-1, r)), s)
+            for rows, blocks in _groups(weight, bone):
+                grad_w = grad_y[:, rows].mT @ x  # (rows, I): the gradient of these rows of dW
+                grad_bone[blocks] += _row_blocks(weight[rows], r).mT @ _row_blocks(grad_w, r)
+        return grad_x, None, grad_bone
+
+
+def _groups(weight: Tensor, bone: Tensor):
+    """Slices of W's rows and of bone's matrices, about COL_GROUP_ROWS rows each."""
+    r = bone.shape[-1]
+    step = max(1, COL_GROUP_ROWS // r)
+    for start in range(0, bone.shape[0], step):
+        stop = min(start + step, bone.shape[0])
+        yield slice(start * r, stop * r), slice(start, stop)
+
+
+def _row_blocks(weight: Tensor, r: int) -> Tensor:
+    """(g*r, I) -> (g, r * I/r, r): the blocks of each block row stacked; a view, no copy."""
+    return weight.reshape(weight.shape[0] // r, -1, r)
+
+
+def _mixed(weight: Tensor, bone: Tensor) -> Tensor:
+    """W_ab + W_ab B_a for a group of block rows: (g*r, I), (g, r, r) -> (g*r, I)."""
+    blocks = _row_blocks(weight, bone.shape[-1])
+    return torch.baddbmm(blocks, blocks, bone).view(weight.shape)

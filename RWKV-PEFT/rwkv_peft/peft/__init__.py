@@ -1,0 +1,1 @@
+"""PEFT methods: layers that take the place of `nn.Linear`, in any model."""

@@ -1,0 +1,98 @@
+"""The adapter file: the trained tensors, and everything needed to use them, in one `.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rwkv_peft.checkpoint import check_keys, load_base, same_base, write_atomically
+from rwkv_peft.errors import CheckpointError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """What an adapter file says of itself."""
+
+    method: str
+    """Name in the registry."""
+    options: Mapping[str, Any]
+    """The method's config: r, mode, alpha, ..."""
+    targets: list[str]
+    """Qualified names of the layers that carry an adapter."""
+    fingerprint: Mapping[str, Any]
+    """Of the base the adapter was trained on (checkpoint.fingerprint)."""
+    tokenizer: Mapping[str, Any] | None = None
+    """Identity of the tokenizer of its data; None where the data did not say."""
+    format_version: int = FORMAT_VERSION
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Exactly the parameters that train, by name, on the CPU."""
+    return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], info: AdapterInfo) -> None:
+    """Write an adapter file, whole or not at all."""
+    metadata = {key: json.dumps(value) for key, value in asdict(info).items()}
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
+
+
+def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterInfo]:
+    """The tensors and the description of an adapter file.
+
+    Raises:
+        CheckpointError: missing, damaged, not an adapter of ours, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(str(path), "no such adapter file")
+    try:
+        with safe_open(path, framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(str(path), f"not a readable .safetensors ({error})") from error
+    version = json.loads(metadata.get("format_version", "0"))
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            str(path), "not an adapter of this program", found=f"format {version}", expected=f"format {FORMAT_VERSION}"
+        )
+    return tensors, AdapterInfo(**{key: json.loads(value) for key, value in metadata.items()})
+
+
+def check_same_base(info: AdapterInfo, fingerprint: Mapping[str, Any], adapter: str | Path, base: str | Path) -> None:
+    """Raise CheckpointError unless the adapter was trained on this base."""
+    if not same_base(info.fingerprint, fingerprint):
+        raise CheckpointError(
+            str(adapter), f"was trained on another base than {base}", hint="Give the base it was trained on."
+        )
+
+
+def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Copy an adapter's tensors into a model that carries the same adapter; names and shapes must agree.
+
+    Raises:
+        CheckpointError: a trained parameter without a tensor, a tensor without a parameter, another shape.
+    """
+    parameters = dict(model.named_parameters())
+    expected = {name: p.shape for name, p in parameters.items() if p.requires_grad}
+    check_keys(expected, tensors, path, what="adapter")
+    for name, tensor in tensors.items():
+        parameters[name].data.copy_(tensor)
+
+
+def read_pth_adapter(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of an adapter that RWKV-PEFT wrote; 3-D `.bone` and `.disha` are Bone row matrices."""
+    tensors = load_base(path)
+    return {re.sub(r"\.disha$", ".bone", name): tensor for name, tensor in tensors.items()}

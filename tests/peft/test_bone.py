@@ -1,0 +1,146 @@
+"""Bone itself: the definition, what backward keeps, its options and its sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from rwkv_peft.assembly import add_adapter
+from rwkv_peft.config import ModelConfig, PeftConfig
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.model.init import model_on_meta
+from rwkv_peft.ops.block_affine import block_affine_delta, bone_col, bone_left, bone_row
+from rwkv_peft.peft.inject import inject
+from rwkv_peft.peft.registry import method_config
+from tests.helpers import TINY, relative_error
+
+FORMS = {"row": bone_row, "col": bone_col, "left": bone_left}
+
+
+def delta_block_by_block(weight, bone, mode):
+    """The paper's formula with two loops and nothing clever."""
+    r = bone.shape[-1]
+    delta = torch.zeros_like(weight)
+    for a in range(weight.shape[0] // r):
+        for b in range(weight.shape[1] // r):
+            rows, columns = slice(a * r, a * r + r), slice(b * r, b * r + r)
+            block = weight[rows, columns]
+            if mode == "left":
+                delta[rows, columns] = bone[a].T @ block + bone[a].T
+            else:
+                matrix = bone[b] if mode == "row" else bone[a]
+                delta[rows, columns] = block @ matrix + matrix
+    return delta
+
+
+@pytest.mark.parametrize("mode", FORMS)
+@pytest.mark.parametrize(("out_features", "in_features", "r"), [(96, 64, 32), (64, 224, 16), (64, 64, 64), (6, 4, 1)])
+def test_forms_equal_the_paper(mode, out_features, in_features, r):
+    torch.manual_seed(0)
+    weight = torch.randn(out_features, in_features, dtype=torch.float64)
+    bone = torch.randn((in_features if mode == "row" else out_features) // r, r, r, dtype=torch.float64)
+    x = torch.randn(2, 3, in_features, dtype=torch.float64)
+    delta = delta_block_by_block(weight, bone, mode)
+    assert relative_error(block_affine_delta(weight, bone, mode), delta) < 1e-14
+    assert relative_error(FORMS[mode](x, weight, bone), x @ (weight + delta).T) < 1e-12
+
+
+@pytest.mark.parametrize("mode", FORMS)
+def test_gradcheck(mode):
+    torch.manual_seed(0)
+    weight = torch.randn(8, 12, dtype=torch.float64)
+    bone = torch.randn((12 if mode == "row" else 8) // 4, 4, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, bone: FORMS[mode](x, weight, bone), (x, bone))
+
+
+def test_col_in_several_groups_of_rows():
+    """1,536 output rows take three groups; each must land in its own place, forward and backward."""
+    torch.manual_seed(0)
+    weight = torch.randn(1536, 64, dtype=torch.float64)
+    bone = torch.randn(24, 64, 64, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 64, dtype=torch.float64, requires_grad=True)
+    grad = torch.randn(5, 1536, dtype=torch.float64)
+    fast = bone_col(x, weight, bone)
+    slow = x @ (weight + block_affine_delta(weight, bone, "col")).T
+    assert relative_error(fast, slow) < 1e-12
+    pairs = zip(torch.autograd.grad(fast, (x, bone), grad), torch.autograd.grad(slow, (x, bone), grad), strict=True)
+    assert all(relative_error(a, b) < 1e-12 for a, b in pairs)
+
+
+@pytest.mark.parametrize("mode", FORMS)
+def test_backward_keeps_nothing_weight_sized(mode):
+    """What autograd saves besides the frozen weight itself stays below the size of the weight."""
+    weight = torch.randn(512, 512)
+    bone = torch.zeros(512 // 16, 16, 16, requires_grad=True)
+    x = torch.randn(4, 512, requires_grad=True)
+    saved: list[torch.Tensor] = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        FORMS[mode](x, weight, bone)
+    others = [t for t in saved if t.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()]
+    assert saved
+    assert max(t.numel() for t in others) < weight.numel() / 4
+
+
+def test_non_contiguous_input():
+    torch.manual_seed(0)
+    x = torch.randn(64, 5).T
+    weight, bone = torch.randn(32, 64), torch.randn(2, 16, 16)
+    assert relative_error(bone_col(x, weight, bone), bone_col(x.contiguous(), weight, bone)) < 1e-6
+
+
+# The paper's Table 2: trainable parameters at r=64, and LoRA r=32 the same.
+@pytest.mark.parametrize(
+    ("n_layer", "n_embd", "count"), [(24, 2048, 33_030_144), (32, 2560, 55_050_240), (32, 4096, 88_080_384)]
+)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("bone", {"r": 64}), ("bone", {"r": 64, "mode": "col"}), ("bone", {"r": 64, "mode": "left"}), ("lora", {"r": 32})],
+)
+def test_trainable_parameters_are_the_papers(n_layer, n_embd, count, method, options):
+    model = model_on_meta(ModelConfig(n_layer=n_layer, n_embd=n_embd).resolved())
+    add_adapter(model, PeftConfig(peft=method, peft_config=options))
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+
+
+def test_r_that_does_not_fit_names_the_matrix_and_what_fits():
+    model = model_on_meta(TINY)
+    with pytest.raises(ConfigError) as error:
+        inject(model, "bone", method_config("bone", {"r": 48}))
+    message = str(error.value)
+    assert "r=48: does not fit blocks.0.att.receptance.weight (64 x 64): 48 does not divide 64" in message
+    assert "8, 16, 32, 64" in message
+    assert not any("bone" in name for name, _ in model.named_parameters()), "nothing may be half injected"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bone_r": 32, "bone_load": ""}, (32, "row")),
+        ({"r": 32, "bone_mode": "bat"}, (32, "row")),
+        ({"r": 32, "bone_mode": "col"}, (32, "col")),
+    ],
+)
+def test_older_spellings(options, expected):
+    config = method_config("bone", options)
+    assert (config.r, config.mode) == expected
+
+
+def test_ambiguous_and_later_spellings_are_explained():
+    with pytest.raises(ConfigError, match="bat is col; RWKV-PEFT's bone_mode bat is row"):
+        method_config("bone", {"mode": "bat"})
+    with pytest.raises(ConfigError, match="miss"):
+        method_config("bone", {"bone_mode": "bone"})
+
+
+def test_goes_onto_a_foreign_module():
+    """Any module of plain nn.Linear layers will do."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    assert inject(model, "bone", method_config("bone", {"r": 16}), targets=["*"]) == ["0", "2"]
+    assert set(model.state_dict()) == {"0.weight", "0.bias", "0.bone", "2.weight", "2.bias", "2.bone"}
