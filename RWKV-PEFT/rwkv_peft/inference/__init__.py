@@ -1,0 +1,1 @@
+"""Using what was trained: merging into a plain `.pth`, and generating text."""

@@ -1,0 +1,80 @@
+"""The lines a run starts with: what trains, on what, for how long."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+from rwkv_peft.config import RunConfig
+from rwkv_peft.data.binidx import BinidxMeta
+from rwkv_peft.data.sampling import DataPlan
+from rwkv_peft.model.rwkv6 import RWKV6
+from rwkv_peft.ops.wkv6 import Choice
+from rwkv_peft.training.strategy import activation_dtype, device_type, devices_per_node
+
+
+def trained_table(model: nn.Module) -> str:
+    """What trains, layers folded: name pattern, shape, how many, parameters; and the total."""
+    groups: dict[tuple[str, tuple[int, ...]], list[int]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[re.sub(r"\.\d+\.", ".*.", name), tuple(parameter.shape)].append(parameter.numel())
+    rows = [(name, str(shape), f"x{len(n)}", f"{sum(n):,}") for (name, shape), n in groups.items()]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(4)]
+    lines = [
+        f"  {name:<{widths[0]}}  {shape:<{widths[1]}}  {count:>{widths[2]}}  {size:>{widths[3]}}"
+        for name, shape, count, size in rows
+    ]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in model.parameters())
+    total = f"trainable {trained:,} of {everything:,} parameters ({millions(trained)}, {trained / everything:.2%})"
+    return "\n".join(["what trains", *lines, total])
+
+
+def millions(count: int) -> str:
+    """33030144 -> 33.0M."""
+    return f"{count / 1e6:.1f}M"
+
+
+def banner(config: RunConfig, model: RWKV6, plan: DataPlan | None, meta: BinidxMeta | None) -> str:
+    """Model, what trains, data, steps, where it goes; `plan` is None without data."""
+    shape = config.model
+    frozen_and_base = sum(p.numel() for p in model.parameters())
+    lines = [
+        f"model   {config.train.load_model or 'from scratch'}: {shape.n_layer} layers x {shape.n_embd}, "
+        f"{shape.n_head} heads x {shape.head_size}, ffn {shape.dim_ffn}, vocabulary {shape.vocab_size}, "
+        f"{millions(frozen_and_base)} parameters",
+        trained_table(model),
+    ]
+    if plan is not None:
+        lines += _data_lines(config, plan, meta)
+    return "\n".join([*lines, f"output  {config.train.proj_dir}"])
+
+
+def _data_lines(config: RunConfig, plan: DataPlan, meta: BinidxMeta | None) -> list[str]:
+    data, accumulate = config.data, config.optim.accumulate_grad_batches
+    tokenizer = meta.tokenizer["name"] if meta else "unknown (no .meta.json beside the pair)"
+    lines = [f"data    {data.data_file}: {plan.documents:,} documents, {plan.tokens:,} tokens, tokenizer {tokenizer}"]
+    if data.dataload == "pad":
+        lines.append(f"        padded: {plan.padding:.0%} of each row is padding, {plan.truncated:,} documents cut")
+    steps = -(-plan.steps_per_epoch // accumulate) * data.epoch_count
+    devices = devices_per_node(config.train) * config.train.num_nodes
+    tokens = data.micro_bsz * data.ctx_len * devices * accumulate
+    lines.append(
+        f"steps   {steps:,} of {tokens:,} tokens ({data.epoch_count} x {plan.steps_per_epoch:,} batches, "
+        f"{accumulate} a step, {devices} x {data.micro_bsz} x {data.ctx_len} tokens each): "
+        f"{plan.passes:.2f} passes over the data"
+    )
+    return lines
+
+
+def device_line(config: RunConfig, wkv: Choice) -> str:
+    """What the run computes on."""
+    train = config.train
+    device = device_type(train)
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    dtype = str(activation_dtype(train)).removeprefix("torch.")
+    return f"device  {name}; {dtype}; WKV6 {wkv.backend} ({wkv.why}); strategy {train.strategy}"

@@ -1,0 +1,139 @@
+"""What a run shows and leaves behind: progress, metrics.jsonl, saved weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from rwkv_peft.training.module import TrainingModule
+
+SMOOTHING = 0.95
+"""Weight of the past in the averaged loss on the progress line."""
+PLAIN_LINE_SECONDS = 10.0
+"""Time between progress lines where output is not a terminal."""
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step; a line of metrics.jsonl."""
+
+    step: int
+    """Optimizer steps done."""
+    loss: float
+    """Mean over the step's batches and devices."""
+    lr: float
+    tokens: int
+    """Trained tokens of this step, on all devices."""
+    tokens_per_s: float
+    grad_norm: float
+    """Before clipping."""
+    time: float
+    """Seconds since training began."""
+
+
+class StepRecorder(pl.Callback):
+    """Gathers what each optimizer step did, over accumulated batches and devices, and hands it on.
+
+    Args:
+        consumers: called on the main process with every StepMetrics.
+    """
+
+    def __init__(self, consumers: list[Callable[[StepMetrics], None]]) -> None:
+        self.consumers = consumers
+        self.losses: list[Tensor] = []
+        self.tokens: Tensor | int = 0
+        self.step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        self.began = self.last = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
+        # Lightning hands out the loss as it was divided for accumulation.
+        self.losses.append(outputs["loss"].detach().float() * trainer.accumulate_grad_batches)
+        self.tokens = self.tokens + batch["loss_mask"].sum()
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
+        tokens = int(trainer.strategy.reduce(self.tokens.float(), reduce_op="sum"))
+        now = time.perf_counter()
+        metrics = StepMetrics(
+            step=self.step,
+            loss=float(loss),
+            lr=trainer.optimizers[0].param_groups[0]["lr"],
+            tokens=tokens,
+            tokens_per_s=round(tokens / (now - self.last), 1),
+            grad_norm=float(module.grad_norm),
+            time=round(now - self.began, 3),
+        )
+        self.losses, self.tokens, self.last = [], 0, now
+        if trainer.is_global_zero:
+            for consume in self.consumers:
+                consume(metrics)
+
+
+class MetricsFile:
+    """Appends every step to a JSON-lines file."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("w", encoding="utf-8", buffering=1)  # a line reaches the disk as it is written
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        self.file.write(json.dumps(asdict(metrics)) + "\n")
+
+
+class Progress:
+    """The progress bar on a terminal; a plain line every ten seconds elsewhere."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.total_steps = total_steps
+        self.average: float | None = None
+        self.last_line = float("-inf")
+        self.bar = tqdm(
+            total=total_steps,
+            disable=not sys.stderr.isatty(),
+            bar_format="train {percentage:3.0f}% |{bar:20}| {postfix}",
+            leave=True,
+        )
+
+    def __call__(self, metrics: StepMetrics) -> None:
+        previous = metrics.loss if self.average is None else self.average
+        self.average = SMOOTHING * previous + (1 - SMOOTHING) * metrics.loss
+        line = self._line(metrics)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(line, refresh=False)
+            self.bar.update()
+            if metrics.step == self.total_steps:
+                self.bar.close()
+        elif metrics.time - self.last_line >= PLAIN_LINE_SECONDS or metrics.step == self.total_steps:
+            self.last_line = metrics.time
+            sys.stderr.write(f"train {100 * metrics.step // self.total_steps:3d}%  {line}\n")
+
+    def _line(self, metrics: StepMetrics) -> str:
+        left = metrics.time / metrics.step * (self.total_steps - metrics.step)
+        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
+        return (
+            f"step {metrics.step}/{self.total_steps}  loss {metrics.loss:.3f} (avg {self.average:.3f})  "
+            f"lr {metrics.lr:.1e}  gnorm {metrics.grad_norm:.2f}  {metrics.tokens_per_s:.0f} tok/s  left {clock}"
+        )
+
+
+class SaveEveryEpoch(pl.Callback):
+    """Calls `save(epoch)` on the main process after every `every`-th epoch and after the last."""
+
+    def __init__(self, save: Callable[[int], None], first_epoch: int, every: int) -> None:
+        self.save, self.first_epoch, self.every = save, first_epoch, every
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        done = trainer.current_epoch + 1
+        if trainer.is_global_zero and (done % self.every == 0 or done == trainer.max_epochs):
+            self.save(self.first_epoch + trainer.current_epoch)

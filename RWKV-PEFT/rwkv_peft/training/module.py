@@ -1,0 +1,54 @@
+"""One training step, as Lightning wants it."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import Tensor
+
+from rwkv_peft.config import OptimConfig
+from rwkv_peft.model.rwkv6 import RWKV6
+from rwkv_peft.ops.cross_entropy import masked_cross_entropy
+from rwkv_peft.training.optim import build_optimizer
+from rwkv_peft.training.schedule import learning_rate
+
+
+class TrainingModule(pl.LightningModule):
+    """Loss, optimizer and learning rate around a model.
+
+    Args:
+        model: with its adapters in place and its trained parameters marked.
+        optim: the optimizer's settings.
+        total_steps: optimizer steps of the run, for the schedule.
+    """
+
+    def __init__(self, model: RWKV6, optim: OptimConfig, total_steps: int) -> None:
+        super().__init__()
+        self.model, self.optim, self.total_steps = model, optim, total_steps
+        self.grad_norm: float | None = None
+        """Global gradient norm of the last step, before clipping."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits, _ = self.model(batch["input_ids"])
+        return masked_cross_entropy(logits, batch["targets"], batch["loss_mask"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, self.optim)
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        rate = learning_rate(self.trainer.global_step, self.total_steps, self.optim)
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = rate * group["lr_scale"]
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            return  # the engine clips, by `gradient_clip_val`
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = gradient_clip_val or float("inf")
+        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
+
+    def optimizer_step(self, *args, **kwargs) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            self.grad_norm = self.trainer.strategy.deepspeed_engine.get_global_grad_norm()

@@ -1,0 +1,189 @@
+"""A run from a RunConfig to saved weights."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_only
+
+from rwkv_peft.assembly import add_adapter, warm_start
+from rwkv_peft.checkpoint import fingerprint, load_base, save_base
+from rwkv_peft.config import RunConfig
+from rwkv_peft.config_file import write_yaml
+from rwkv_peft.data.datamodule import BinidxDataModule
+from rwkv_peft.model.init import model_from_scratch, model_from_state, model_on_meta
+from rwkv_peft.model.rwkv6 import RWKV6
+from rwkv_peft.ops.wkv6 import active_backend
+from rwkv_peft.peft.adapter_io import AdapterInfo, save_adapter, trained_state
+from rwkv_peft.training import banner
+from rwkv_peft.training.callbacks import MetricsFile, Progress, SaveEveryEpoch, StepRecorder
+from rwkv_peft.training.loggers import wandb_logger
+from rwkv_peft.training.module import TrainingModule
+from rwkv_peft.training.strategy import (
+    activation_dtype,
+    build_strategy,
+    device_type,
+    devices_per_node,
+    lightning_precision,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to train."""
+
+    model: RWKV6
+    targets: list[str]
+    """Layers that carry an adapter."""
+    fingerprint: Mapping[str, Any]
+    """Of the base."""
+    tokenizer: Mapping[str, str] | None
+    """Identity that the data must have: the warm-start adapter's, where it knows."""
+
+
+def run(config: RunConfig) -> None:
+    """Train; leaves `rwkv-N.safetensors` (or `.pth`), `config.yaml` and `metrics.jsonl` in `--proj_dir`.
+
+    Raises:
+        UserError: anything wrong with a flag or a file, before training begins where it can be known.
+    """
+    _quiet_lightning()
+    if config.train.precision == "tf32":
+        torch.set_float32_matmul_precision("high")
+    if config.train.dry_run:
+        _dry_run(config)
+        return
+    config = replace(config, data=replace(config.data, random_seed=_seed(config.data.random_seed)))
+    prepared = prepare(config)
+    data = BinidxDataModule(config.data, config.model.vocab_size, prepared.tokenizer)
+    data.setup()
+    _say(banner.banner(config, prepared.model, data.plan(_world_size(config)), data.reader.meta))
+    _say(banner.device_line(config, active_backend(device_type(config.train), config.train.wkv)))
+    _fit(config, prepared, data)
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Load or make the base, inject, warm-start, mark what trains."""
+    path, peft = config.train.load_model, config.peft
+    options = _model_options(config)
+    if path:
+        base = load_base(path)
+        model = model_from_state(config.model, base, path, **options)
+    else:
+        model = model_from_scratch(config.model, config.data.random_seed, **options)
+        base = model.state_dict()
+        if peft.peft != "none":  # an adapter is worth nothing without its base
+            path = str(Path(config.train.proj_dir) / "rwkv-init.pth")
+            rank_zero_only(save_base)(base, path)
+    print_of_base = fingerprint(base)
+    targets = add_adapter(model, peft)
+    start = warm_start(model, peft, print_of_base, path) if peft.peft_config.get("load") else None
+    return Prepared(model, targets, print_of_base, start.tokenizer if start else None)
+
+
+def _dry_run(config: RunConfig) -> None:
+    """Print the banner from shapes alone."""
+    model = model_on_meta(config.model, **_model_options(config))
+    add_adapter(model, config.peft)
+    plan = meta = None
+    if config.data.data_file:
+        data = BinidxDataModule(config.data, config.model.vocab_size)
+        data.setup()
+        plan, meta = data.plan(_world_size(config)), data.reader.meta
+    _say(banner.banner(config, model, plan, meta))
+
+
+def _fit(config: RunConfig, prepared: Prepared, data: BinidxDataModule) -> None:
+    train, optim = config.train, config.optim
+    folder = Path(train.proj_dir)
+    batches = data.plan(_world_size(config)).steps_per_epoch
+    steps_per_epoch = -(-batches // optim.accumulate_grad_batches)  # an epoch's last step may be of fewer batches
+    total_steps = steps_per_epoch * config.data.epoch_count
+    trainer = pl.Trainer(
+        accelerator="gpu" if device_type(train) == "cuda" else "cpu",
+        devices=devices_per_node(train),
+        num_nodes=train.num_nodes,
+        strategy=build_strategy(train),
+        precision=lightning_precision(prepared.model.dtype),
+        max_epochs=config.data.epoch_count,
+        accumulate_grad_batches=optim.accumulate_grad_batches,
+        gradient_clip_val=optim.grad_clip or None,
+        use_distributed_sampler=False,  # the data module shards, in a fixed order
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    consumers = []
+    if trainer.is_global_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_yaml(config, folder / "config.yaml")
+        consumers = [MetricsFile(folder / "metrics.jsonl"), Progress(total_steps)]
+        consumers += [wandb_logger(train.wandb, config)] if train.wandb else []
+    tokenizer = data.reader.meta.tokenizer if data.reader.meta else prepared.tokenizer
+
+    def save(epoch: int) -> None:
+        _say(f"saved {save_trained(folder, epoch, config, prepared, tokenizer)}")
+
+    trainer.callbacks += [StepRecorder(consumers), SaveEveryEpoch(save, config.data.epoch_begin, train.epoch_save)]
+    trainer.fit(TrainingModule(prepared.model, optim, total_steps), datamodule=data)
+
+
+def save_trained(
+    folder: Path, epoch: int, config: RunConfig, prepared: Prepared, tokenizer: Mapping[str, str] | None
+) -> Path:
+    """Write what an epoch trained: an adapter file, or the whole model where there is no adapter."""
+    peft = config.peft
+    if not prepared.targets:
+        path = folder / f"rwkv-{epoch}.pth"
+        save_base({key: t.to(prepared.model.dtype) for key, t in prepared.model.state_dict().items()}, path)
+        return path
+    path = folder / f"rwkv-{epoch}.safetensors"
+    info = AdapterInfo(
+        method=peft.peft,
+        options=peft.peft_config,
+        targets=prepared.targets,
+        fingerprint=prepared.fingerprint,
+        tokenizer=tokenizer,
+    )
+    save_adapter(path, trained_state(prepared.model), info)
+    return path
+
+
+def _model_options(config: RunConfig) -> dict[str, Any]:
+    return {
+        "dtype": activation_dtype(config.train),
+        "grad_cp": bool(config.train.grad_cp),
+        "wkv_backend": config.train.wkv,
+    }
+
+
+def _world_size(config: RunConfig) -> int:
+    return devices_per_node(config.train) * config.train.num_nodes
+
+
+def _seed(asked: int) -> int:
+    """`--random_seed`, or one drawn; a run's other processes inherit it from the first in Lightning's variable."""
+    drawn = int(os.environ.get("PL_GLOBAL_SEED") or random.SystemRandom().randrange(2**31))
+    return pl.seed_everything(drawn if asked == -1 else asked, verbose=False)
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _quiet_lightning() -> None:
+    """Lightning's own banner and hints repeat or contradict ours."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (".*num_workers.*", ".*LeafSpec.*", ".*DeepSpeed handles gradient clipping.*"):
+        warnings.filterwarnings("ignore", module="pytorch_lightning", message=message)

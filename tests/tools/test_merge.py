@@ -1,0 +1,162 @@
+"""The main job end to end through the programs a user runs, judged by someone else's: the `rwkv` package."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rwkv_peft.assembly import load_with_adapter
+from rwkv_peft.checkpoint import fingerprint, load_base, save_base
+from rwkv_peft.errors import UserError
+from rwkv_peft.inference.merge import merge
+from rwkv_peft.peft.adapter_io import AdapterInfo, save_adapter
+from tests.helpers import TINY, relative_error, with_shape, write_base
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def program(*words: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *(str(word) for word in words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def client(path: Path):
+    """The `rwkv` package's model."""
+    os.environ["RWKV_JIT_ON"] = "0"
+    os.environ["RWKV_CUDA_ON"] = "0"
+    from rwkv.model import RWKV
+
+    return RWKV(model=str(path.with_suffix("")), strategy="cpu fp32", verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("bone", '{"r":32}'),
+        ("bone", '{"r":16,"mode":"col"}'),
+        ("bone", '{"r":16,"mode":"left"}'),
+        ("lora", '{"r":8,"alpha":16}'),
+    ],
+)
+def test_convert_train_merge_and_the_rwkv_package_agrees(method, options, tmp_path):
+    """The three commands of the README, on a small model; `time` and `ln` parts train along."""
+    base = write_base(tmp_path / "base.pth", with_shape(vocab_size=257))
+    lines = [json.dumps({"text": f"User: 数 {n}?\n\nAssistant: It is {n * n}."}) for n in range(64)]
+    (tmp_path / "chat.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    steps = [
+        ("tools/json2binidx.py", "--input", tmp_path / "chat.jsonl", "--output_prefix", tmp_path / "data/chat",
+         "--tokenizer", "bytes"),
+        ("train.py", "--load_model", base, "--data_file", tmp_path / "data/chat", "--data_type", "binidx",
+         "--ctx_len", 40, "--micro_bsz", 4, "--epoch_steps", 20, "--epoch_count", 1, "--lr_init", 2e-3,
+         "--lr_final", 2e-3, "--proj_dir", tmp_path / "out", "--peft", method, f"--{method}_config", options,
+         "--train_parts", "time", "ln"),
+        ("tools/merge.py", "--base_model", base, "--adapter", tmp_path / "out/rwkv-0.safetensors",
+         "--output", tmp_path / "merged.pth"),
+    ]  # fmt: skip
+    for step in steps:
+        result = program(*step)
+        assert result.returncode == 0, result.stderr
+    assert "realises 100.0% of dW" in result.stdout
+
+    ids = torch.randint(257, (29,), generator=torch.Generator().manual_seed(0)).tolist()
+    unmerged = load_with_adapter(base, tmp_path / "out/rwkv-0.safetensors").model
+    with torch.no_grad():
+        ours = unmerged(torch.tensor([ids]))[0][0]
+    theirs = client(tmp_path / "merged.pth").forward(ids, None, full_output=True)[0]
+    untrained = client(base).forward(ids, None, full_output=True)[0]
+    assert (ours - theirs).abs().max() < 1e-3
+    assert (theirs - untrained).abs().max() > 0.1, "training must have moved the model for this to mean anything"
+    assert list(load_base(tmp_path / "merged.pth")) == list(load_base(base)), "the key order is the client's contract"
+
+
+def write_adapter(path: Path, base: Path, size: float) -> Path:
+    """A Bone adapter of random values on every target of `base`."""
+    state = load_base(base)
+    targets = [f"blocks.{n}.{name}" for n in range(2) for name in ("att.key", "ffn.value")]
+    torch.manual_seed(0)
+    tensors = {f"{t}.bone": size * torch.randn(state[f"{t}.weight"].shape[1] // 16, 16, 16) for t in targets}
+    info = AdapterInfo(method="bone", options={"r": 16, "mode": "row"}, targets=targets, fingerprint=fingerprint(state))
+    save_adapter(path, tensors, info)
+    return path
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_dtype_is_the_bases_unless_asked(base_dtype, dtype, tmp_path):
+    base = write_base(tmp_path / "base.pth", TINY, dtype=base_dtype)
+    adapter = write_adapter(tmp_path / "a.safetensors", base, 1e-2)
+    merge(base, adapter, tmp_path / "merged.pth", dtype)
+    merged = load_base(tmp_path / "merged.pth")
+    assert {tensor.dtype for tensor in merged.values()} == {dtype or base_dtype}
+    layer = load_with_adapter(base, adapter).model.blocks[1].ffn.value
+    exact = layer.weight.float() + layer.delta_weight()
+    assert torch.equal(merged["blocks.1.ffn.value.weight"], exact.to(dtype or base_dtype))
+    assert torch.equal(merged["head.weight"], load_base(base)["head.weight"].to(dtype or base_dtype))
+
+
+def test_the_share_of_a_small_update_that_bf16_keeps_is_told(tmp_path):
+    base = write_base(tmp_path / "base.pth", TINY, dtype=torch.bfloat16)
+    adapter = write_adapter(tmp_path / "a.safetensors", base, 1e-4)
+    rough = merge(base, adapter, tmp_path / "bf16.pth")
+    exact = merge(base, adapter, tmp_path / "fp32.pth", torch.float32)
+    assert exact.realised == pytest.approx(1, abs=1e-3)
+    assert rough.realised < 0.6
+    assert "--dtype fp32 keeps it" in str(rough)
+    assert "--dtype" not in str(exact)
+    # The figure, recomputed from the files.
+    layer = load_with_adapter(base, adapter).model.blocks[0].att.key
+    moved = load_base(tmp_path / "bf16.pth")["blocks.0.att.key.weight"].float() - layer.weight.float()
+    delta = layer.delta_weight().detach()
+    share = float((moved * delta).sum() / delta.square().sum())
+    assert share < 0.6
+
+
+def test_merging_mistakes_are_one_clear_line(tmp_path):
+    base = write_base(tmp_path / "base.pth", TINY)
+    adapter = write_adapter(tmp_path / "a.safetensors", base, 1e-2)
+    other = write_base(tmp_path / "other.pth", TINY, seed=9)
+    with pytest.raises(UserError, match="was trained on another base"):
+        merge(other, adapter, tmp_path / "m.pth")
+    with pytest.raises(UserError, match="would overwrite the base model"):
+        merge(base, adapter, base)
+    adapter.write_bytes(adapter.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"a.safetensors: not a readable .safetensors"):
+        merge(base, adapter, tmp_path / "m.pth")
+    assert not (tmp_path / "m.pth").exists()
+    result = program("tools/merge.py", "--base_model", base, "--adapter", adapter, "--output", tmp_path / "m.pth")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_half_matching_adapter_is_refused(tmp_path):
+    """A tensor that belongs nowhere must not be dropped in silence."""
+    base = write_base(tmp_path / "base.pth", TINY)
+    state = load_base(base)
+    info = AdapterInfo(
+        method="bone",
+        options={"r": 16, "mode": "row"},
+        targets=["blocks.0.att.key"],
+        fingerprint=fingerprint(state),
+    )
+    tensors = {"blocks.0.att.key.bone": torch.ones(4, 16, 16), "blocks.0.att.kay.bone": torch.ones(4, 16, 16)}
+    save_adapter(tmp_path / "a.safetensors", tensors, info)
+    with pytest.raises(UserError, match=r"unknown: blocks.0.att.kay.bone"):
+        merge(base, tmp_path / "a.safetensors", tmp_path / "m.pth")
+
+
+def test_merging_twice_gives_the_same_bytes_of_weights(tmp_path):
+    base = write_base(tmp_path / "base.pth", TINY)
+    adapter = write_adapter(tmp_path / "a.safetensors", base, 1e-2)
+    for name in ("one", "two"):
+        merge(base, adapter, tmp_path / f"{name}.pth")
+    one, two = load_base(tmp_path / "one.pth"), load_base(tmp_path / "two.pth")
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert relative_error(one["blocks.0.att.key.weight"], load_base(base)["blocks.0.att.key.weight"]) > 1e-3
+    save_base(one, tmp_path / "copy.pth")  # a merged file is an ordinary base

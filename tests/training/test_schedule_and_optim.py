@@ -1,0 +1,101 @@
+"""The pure parts of training: learning rate, parameter groups, loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rwkv_peft.config import OptimConfig
+from rwkv_peft.ops.cross_entropy import masked_cross_entropy
+from rwkv_peft.peft.inject import mark_trainable
+from rwkv_peft.training.optim import build_optimizer, parameter_groups
+from rwkv_peft.training.schedule import learning_rate
+from tests.helpers import lively_model, relative_error
+
+
+def test_constant_where_both_ends_are_equal():
+    optim = OptimConfig(lr_init=2e-5, lr_final=2e-5)
+    assert {learning_rate(step, 100, optim) for step in range(100)} == {2e-5}
+
+
+def test_exponential_with_warmup():
+    optim = OptimConfig(lr_init=1e-3, lr_final=1e-5, warmup_steps=10)
+    rates = [learning_rate(step, 111, optim) for step in range(111)]
+    assert rates[0] == pytest.approx(1e-5)
+    assert rates[5] == pytest.approx(1e-3 * (0.01 + 0.99 * 0.5))
+    assert rates[10] == pytest.approx(1e-3)
+    assert rates[60] == pytest.approx(1e-4), "half-way is the geometric mean"
+    assert rates[110] == pytest.approx(1e-5)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_linear_to_zero_and_one_step_runs():
+    optim = OptimConfig(lr_init=1e-3, lr_final=0.0)
+    assert learning_rate(5, 11, optim) == pytest.approx(5e-4)
+    assert learning_rate(10, 11, optim) == 0
+    assert learning_rate(0, 1, optim) == 1e-3
+
+
+def test_parameter_groups():
+    model = lively_model()
+    mark_trainable(model, "none")
+    groups = parameter_groups(model, OptimConfig(weight_decay=0.1))
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    by_id = {id(p): group for group in groups for p in group["params"]}
+    att = model.blocks[0].att
+    assert by_id[id(att.time_decay)]["lr_scale"] == 2.0
+    assert by_id[id(att.time_decay)]["weight_decay"] == 0.0, "a vector in a (1, 1, C) coat does not decay"
+    assert by_id[id(att.key.weight)] == by_id[id(model.head.weight)]
+    assert by_id[id(att.key.weight)]["weight_decay"] == 0.1
+    assert by_id[id(att.ln_x.weight)]["weight_decay"] == 0.0
+    one_rate = parameter_groups(model, OptimConfig(layerwise_lr=0))
+    assert {group["lr_scale"] for group in one_rate} == {1.0}
+
+
+def test_frozen_parameters_have_no_optimizer_state():
+    model = lively_model()
+    trained = mark_trainable(model, "none", ["ln"])
+    optimizer = build_optimizer(model, OptimConfig())
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
+
+
+def rwkv_lm_loss(logits, targets, mask):
+    """RWKV-LM's masked loss and its L2Wrap gradient, the latter over the trained tokens."""
+    loss = (
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none") * mask.flatten()
+    ).sum() / mask.sum()
+    (grad,) = torch.autograd.grad(loss, logits)
+    largest, ids = logits.detach().max(-1, keepdim=True)
+    pull = torch.zeros_like(logits).scatter_(-1, ids, largest * 1e-4 / mask.sum()) * mask.unsqueeze(-1)
+    return loss.detach(), grad + pull
+
+
+def test_loss_and_gradient_follow_rwkv_lm():
+    torch.manual_seed(0)
+    logits = (5 * torch.randn(3, 7, 11, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(11, (3, 7))
+    mask = torch.rand(3, 7) < 0.6
+    loss = masked_cross_entropy(logits, targets, mask)
+    (grad,) = torch.autograd.grad(loss, logits)
+    expected_loss, expected_grad = rwkv_lm_loss(logits, targets, mask)
+    assert relative_error(loss, expected_loss) < 1e-14
+    assert relative_error(grad, expected_grad) < 1e-12
+    assert grad[~mask].abs().max() == 0, "masked tokens train nothing"
+
+
+def test_loss_of_nothing_is_zero():
+    logits = torch.randn(1, 3, 5, requires_grad=True)
+    loss = masked_cross_entropy(logits, torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert logits.grad.abs().max() == 0
+
+
+def test_loss_of_bf16_logits_is_computed_in_fp32():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 50).bfloat16()
+    targets, mask = torch.randint(50, (2, 4)), torch.ones(2, 4, dtype=torch.bool)
+    loss = masked_cross_entropy(logits, targets, mask)
+    assert loss.dtype == torch.float32
+    assert relative_error(loss, F.cross_entropy(logits.double().flatten(0, 1), targets.flatten())) < 1e-6

@@ -1,0 +1,28 @@
+"""Fine-tune RWKV-6: python train.py --peft bone --bone_config '{"r":64}'"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "RWKV-PEFT"))
+
+from rwkv_peft import cli
+from rwkv_peft.errors import exit_with_message
+
+
+def main(argv: Sequence[str]) -> None:
+    settings = cli.parse_args(argv)
+    if cli.is_bare(settings):
+        from demo.example import with_demo_defaults
+
+        settings = with_demo_defaults(settings)
+    config = cli.resolve(settings)
+    from rwkv_peft.training.run import run
+
+    run(config)
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
