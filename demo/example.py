@@ -1,0 +1,80 @@
+"""The demo's inputs, made on first use: a small base model that has read Python's library, and a data set to
+fine-tune it on. `train.py` falls back on them where it is given neither a model nor data."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from demo import corpus
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = ROOT / "demo" / "out"
+BASE = OUT / "base.pth"
+TOKENIZER = OUT / "tokenizer.json"
+CHAT, HELD_OUT = OUT / "chat", OUT / "held_out"
+PROBLEMS, HELD_OUT_PROBLEMS = 2000, 100
+
+FINE_TUNE: Mapping[str, Any] = {
+    "load_model": str(BASE),
+    "data_file": str(CHAT),
+    "dataload": "pad",
+    "ctx_len": 384,
+    "micro_bsz": 8,
+    "epoch_steps": 150,
+    "lr_init": 8e-3,
+    "lr_final": 5e-4,
+    "warmup_steps": 10,
+    "proj_dir": str(OUT / "bone"),
+}
+"""Settings of the demo's fine-tune. The rates suit a tiny model; 2e-5 is for the real ones."""
+
+PRETRAIN = (
+    "--n_layer 4 --n_embd 256 --ctx_len 256 --micro_bsz 8 --epoch_steps 220 --lr_init 3e-3 --lr_final 3e-4 "
+    "--warmup_steps 20 --adam_eps 1e-18"
+)
+
+
+def with_demo_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the demo's model and data below them: whatever the user gave wins."""
+    shown = OUT.relative_to(ROOT)
+    sys.stderr.write(f"note: no --load_model, no --data_file: using the demo's base and data in {shown}\n")
+    if not (BASE.exists() and CHAT.with_suffix(".idx").exists()):
+        sys.stderr.write("      making them first (about three minutes on two cores)\n")
+        make_inputs()
+    return {**FINE_TUNE, **settings}
+
+
+def make_inputs() -> None:
+    """Write the texts, convert them to binidx, and train the small base model."""
+    OUT.mkdir(parents=True, exist_ok=True)
+    base_texts = list(corpus.python_texts())
+    problems = list(corpus.math_problems(PROBLEMS + HELD_OUT_PROBLEMS, seed=1))
+    unseen = [text for text in problems[PROBLEMS:] if text not in set(problems[:PROBLEMS])]
+    corpus.write_jsonl(base_texts, OUT / "base.jsonl")
+    corpus.write_jsonl(problems[:PROBLEMS], CHAT.with_suffix(".jsonl"))
+    corpus.write_jsonl(unseen, HELD_OUT.with_suffix(".jsonl"))
+    corpus.train_tokenizer(base_texts, TOKENIZER)
+    for name in ("base", "chat", "held_out"):
+        jsonl, prefix = OUT / f"{name}.jsonl", OUT / name
+        python("tools/json2binidx.py", "--input", jsonl, "--output_prefix", prefix, "--tokenizer", TOKENIZER)
+    pretrained = OUT / "pretrain"
+    python("train.py", "--data_file", OUT / "base", "--proj_dir", pretrained, *PRETRAIN.split())
+    (pretrained / "rwkv-0.pth").rename(BASE)
+
+
+def python(script: str, *arguments: object) -> None:
+    """Run one of the project's programs as a user would, showing the command; raise CalledProcessError on failure."""
+    words = [script, *(_shown(argument) for argument in arguments)]
+    print(f"\n$ python {shlex.join(words)}", flush=True)
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+
+
+def _shown(argument: object) -> str:
+    """Paths below the project are shown, and passed, relative to it."""
+    path = Path(str(argument))
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(argument)
