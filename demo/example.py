@@ -25,7 +25,7 @@ FINE_TUNE: Mapping[str, Any] = {
     "dataload": "pad",
     "ctx_len": 384,
     "micro_bsz": 8,
-    "epoch_steps": 150,
+    "epoch_steps": 180,
     "lr_init": 8e-3,
     "lr_final": 5e-4,
     "warmup_steps": 10,

@@ -47,7 +47,7 @@ def compare() -> tuple[float, float]:
     losses = []
     for label, path in (("base", BASE), ("fine-tuned, merged", MERGED)):
         model = load_plain(path)
-        ids = generate(model, tokenizer.encode(prompt), max_tokens=160, temperature=0.0, stop=tokenizer.eod)
+        ids = generate(model, tokenizer.encode(prompt), max_tokens=120, temperature=0.5, top_p=0.5)
         print(f"--- {label}\n{tokenizer.decode(ids).strip()}")
         losses.append(held_out_loss(model, str(HELD_OUT), ctx_len=FINE_TUNE["ctx_len"]))
     return losses[0], losses[1]

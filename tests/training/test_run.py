@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from rwkv_peft.peft.adapter_io import read_adapter
 from rwkv_peft.training.run import run
 from tests.helpers import relative_error, with_shape, write_base
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = with_shape(vocab_size=257)
 TEXTS = [f"User: What is {a} plus {b}?\n\nAssistant: {a + b}." for a in range(12) for b in range(8)]
 
@@ -249,3 +252,24 @@ def test_what_this_machine_cannot_do(flags, message, inputs, tmp_path):
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match=message):
         train(tmp_path / "run", inputs, *BONE, *flags)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(inputs, tmp_path):
+    """Half the batch on each of two devices gives the losses and gradient norms of one device."""
+    pair = train_in_a_process(tmp_path / "two", inputs, "--micro_bsz", "2", "--devices", "2", "--strategy", "ddp")
+    one = train_in_a_process(tmp_path / "one", inputs, "--micro_bsz", "4")
+    assert len(pair) == len(one) == 6
+    for a, b in zip(pair, one, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["tokens"] == b["tokens"]
+
+
+def train_in_a_process(folder: Path, inputs: list[str], *more: str) -> list[dict]:
+    """`train`, as a user runs it; rows without padding."""
+    flags = "--ctx_len 48 --epoch_steps 6 --lr_init 1e-3 --lr_final 1e-3".split()
+    command = [sys.executable, "train.py", *inputs, *flags, *BONE, "--proj_dir", str(folder), *more]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

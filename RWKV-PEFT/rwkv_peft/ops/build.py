@@ -109,7 +109,7 @@ def _build(library: Library, folder: Path) -> None:
     with _only_builder(folder), _ninja_on_path():
         if _finished(folder):
             return
-        logger.info("building %s (some 15 s, once)", folder)
+        logger.warning("note: building the operator %s (some 15 s, once)", folder.name)
         cpp_extension.load(
             folder.name,
             [str(source_dir() / library.folder / source) for source in library.sources],
