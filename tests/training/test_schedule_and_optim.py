@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
-import torch.nn.functional as F
 
 from rwkv_peft.config import OptimConfig
-from rwkv_peft.ops.cross_entropy import masked_cross_entropy
 from rwkv_peft.peft.inject import mark_trainable
 from rwkv_peft.training.optim import build_optimizer, parameter_groups
 from rwkv_peft.training.schedule import learning_rate
-from tests.helpers import lively_model, relative_error
+from tests.helpers import lively_model
 
 
 def test_constant_where_both_ends_are_equal():
@@ -58,44 +55,3 @@ def test_frozen_parameters_have_no_optimizer_state():
     trained = mark_trainable(model, "none", ["ln"])
     optimizer = build_optimizer(model, OptimConfig())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
-
-
-def rwkv_lm_loss(logits, targets, mask):
-    """RWKV-LM's masked loss and its L2Wrap gradient, the latter over the trained tokens."""
-    loss = (
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none") * mask.flatten()
-    ).sum() / mask.sum()
-    (grad,) = torch.autograd.grad(loss, logits)
-    largest, ids = logits.detach().max(-1, keepdim=True)
-    pull = torch.zeros_like(logits).scatter_(-1, ids, largest * 1e-4 / mask.sum()) * mask.unsqueeze(-1)
-    return loss.detach(), grad + pull
-
-
-def test_loss_and_gradient_follow_rwkv_lm():
-    torch.manual_seed(0)
-    logits = (5 * torch.randn(3, 7, 11, dtype=torch.float64)).requires_grad_()
-    targets = torch.randint(11, (3, 7))
-    mask = torch.rand(3, 7) < 0.6
-    loss = masked_cross_entropy(logits, targets, mask)
-    (grad,) = torch.autograd.grad(loss, logits)
-    expected_loss, expected_grad = rwkv_lm_loss(logits, targets, mask)
-    assert relative_error(loss, expected_loss) < 1e-14
-    assert relative_error(grad, expected_grad) < 1e-12
-    assert grad[~mask].abs().max() == 0, "masked tokens train nothing"
-
-
-def test_loss_of_nothing_is_zero():
-    logits = torch.randn(1, 3, 5, requires_grad=True)
-    loss = masked_cross_entropy(logits, torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool))
-    loss.backward()
-    assert loss == 0
-    assert logits.grad.abs().max() == 0
-
-
-def test_loss_of_bf16_logits_is_computed_in_fp32():
-    torch.manual_seed(0)
-    logits = torch.randn(2, 4, 50).bfloat16()
-    targets, mask = torch.randint(50, (2, 4)), torch.ones(2, 4, dtype=torch.bool)
-    loss = masked_cross_entropy(logits, targets, mask)
-    assert loss.dtype == torch.float32
-    assert relative_error(loss, F.cross_entropy(logits.double().flatten(0, 1), targets.flatten())) < 1e-6

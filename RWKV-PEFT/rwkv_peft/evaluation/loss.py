@@ -8,7 +8,7 @@ from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxReader
 from rwkv_peft.data.sampling import Samples
 from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.ops.cross_entropy import masked_cross_entropy
+from rwkv_peft.ops.cross_entropy import linear_cross_entropy
 
 
 @torch.no_grad()
@@ -34,7 +34,7 @@ def held_out_loss(model: RWKV6, data_file: str, *, ctx_len: int = 1024, batch: i
             for key in ("input_ids", "targets", "loss_mask")
         )
         trained = int(mask.sum())
-        logits, _ = model(ids)
-        total += float(masked_cross_entropy(logits, targets, mask)) * trained
+        hidden, _ = model.hidden(ids)
+        total += float(linear_cross_entropy(hidden, model.head.weight, targets, mask)) * trained
         count += trained
     return total / count

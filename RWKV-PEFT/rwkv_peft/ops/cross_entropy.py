@@ -1,29 +1,85 @@
-"""The training loss: cross-entropy over the trained tokens, with RWKV-LM's pull on large logits."""
+"""The training loss with the head inside it: cross-entropy over the trained tokens, and RWKV-LM's L2Wrap.
+
+With 65,536 logits a token, logits and their gradient are by far the largest tensors of a step. Here they exist for
+a few rows at a time, rows that do not train are left out, and the gradients are made in the forward pass, while the
+logits are there.
+"""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-L2WRAP = 1e-4
+from rwkv_peft.ops.reference import L2WRAP
+
+CHUNK_LOGITS = 2**24
+"""Logits that exist at a time: 64 MB in fp32, 256 rows of the World vocabulary."""
 
 
-def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Mean cross-entropy over the tokens where `mask` is set, in fp32 or wider.
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """`reference.masked_cross_entropy(hidden @ weight.T, targets, mask)`, without the logits of all tokens.
 
-    Its gradient carries RWKV-LM's L2Wrap: 1e-4 x the largest logit, pulling it towards 0, averaged over the
-    trained tokens; the value does not.
+    Products are in hidden's dtype; softmax, log-sum-exp and the loss in fp32 or wider. Twice differentiable it is not.
 
     Args:
-        logits: (B, T, V).
+        hidden: (B, T, C), the head's input.
+        weight: (V, C), the head's; may be wider than hidden (fp32 master weights).
         targets: (B, T) int64.
-        mask: (B, T) bool; no trained token at all gives 0.
+        mask: (B, T) bool, True where the target trains; no trained token at all gives 0.
     Returns:
-        A scalar.
+        A scalar, in fp32 or wider.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (B*T,)
-    pull = 0.5 * L2WRAP * logits.amax(-1).flatten().square()  # its gradient is 1e-4 x the largest logit
-    weight = mask.flatten().to(loss.dtype)
-    return ((loss + pull - pull.detach()) * weight).sum() / weight.sum().clamp(min=1)
+    return _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), mask.flatten())
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """On N rows; R of them train."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        rows = mask.nonzero().squeeze(1)  # (R,)
+        share = 1 / max(1, len(rows))
+        narrow = weight.to(hidden.dtype)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None  # (N, C)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None  # (V, C)
+        for part in rows.split(max(1, CHUNK_LOGITS // weight.shape[0])):
+            x = hidden[part]  # (chunk, C)
+            logits = (x @ narrow.T).to(wide)  # (chunk, V)
+            part_loss, grad = _loss_and_gradient(logits, targets[part], share)
+            loss += part_loss
+            if wants_hidden:
+                grad_hidden[part] = grad.to(hidden.dtype) @ narrow
+            if wants_weight:
+                grad_weight.addmm_(grad.mT, x.to(wide))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """`share` x the summed loss of some rows, and its gradient, L2Wrap's included, which takes the logits' place.
+
+    logits (chunk, V) in fp32 or wider, targets (chunk,).
+    """
+    chosen = targets.unsqueeze(1)  # (chunk, 1)
+    chosen_logit = logits.gather(1, chosen)
+    largest, where = logits.max(1, keepdim=True)
+    exponentials = logits.sub_(largest).exp_()
+    total = exponentials.sum(1, keepdim=True)
+    loss = share * (total.log() + largest - chosen_logit).sum()
+    grad = exponentials.mul_(share / total)  # share x softmax
+    grad.scatter_add_(1, chosen, torch.full_like(total, -share))
+    grad.scatter_add_(1, where, share * L2WRAP * largest)
+    return loss, grad

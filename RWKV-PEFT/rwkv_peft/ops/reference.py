@@ -1,4 +1,4 @@
-"""WKV6 as its definition reads: the yardstick of every fast path.
+"""WKV6 and the loss as their definitions read: the yardsticks of every fast path.
 
 B batch, T tokens, H heads, N head size.
 """
@@ -6,7 +6,11 @@ B batch, T tokens, H heads, N head size.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+L2WRAP = 1e-4
+"""RWKV-LM's pull on the largest logit of each token."""
 
 
 def wkv6_reference(
@@ -36,3 +40,23 @@ def wkv6_reference(
         outputs.append(torch.einsum("bhi,bhij->bhj", r[:, t], u[..., None] * kv + state))
         state = decay[:, t, :, :, None] * state + kv
     return torch.stack(outputs, dim=1), state
+
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy over the tokens where `mask` is set, in fp32 or wider.
+
+    Its gradient carries RWKV-LM's L2Wrap: 1e-4 x the largest logit, pulling it towards 0, averaged over the
+    trained tokens; the value does not.
+
+    Args:
+        logits: (B, T, V).
+        targets: (B, T) int64.
+        mask: (B, T) bool; no trained token at all gives 0.
+    Returns:
+        A scalar.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (B*T,)
+    pull = 0.5 * L2WRAP * logits.amax(-1).flatten().square()  # its gradient is 1e-4 x the largest logit
+    weight = mask.flatten().to(loss.dtype)
+    return ((loss + pull - pull.detach()) * weight).sum() / weight.sum().clamp(min=1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rwkv_peft.config import OptimConfig
 from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.ops.cross_entropy import masked_cross_entropy
+from rwkv_peft.ops.cross_entropy import linear_cross_entropy
 from rwkv_peft.training.optim import build_optimizer
 from rwkv_peft.training.schedule import learning_rate
 
@@ -30,8 +30,8 @@ class TrainingModule(pl.LightningModule):
         """Global gradient norm of the last step, before clipping."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        logits, _ = self.model(batch["input_ids"])
-        return masked_cross_entropy(logits, batch["targets"], batch["loss_mask"])
+        hidden, _ = self.model.hidden(batch["input_ids"])
+        return linear_cross_entropy(hidden, self.model.head.weight, batch["targets"], batch["loss_mask"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.optim)
