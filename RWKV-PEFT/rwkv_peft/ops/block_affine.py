@@ -13,7 +13,6 @@ Letters: N rows (batch x time), O out_features, I in_features, r block size; s =
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 COL_GROUP_ROWS = 512
@@ -48,32 +47,27 @@ def bone_row(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
 
     The update acts on the input alone: W_ab B_b x_b = W_ab (B_b x_b), so with p_b = B_b x_b
         y = W (x + p) + tile(sum_b p_b)
-    which costs I*r per row beside the frozen product.
+    which costs I*r per row beside the frozen product. Backward keeps x, W and bone only.
 
     Args:
         x: (..., I), any float dtype.
-        weight: (O, I) in x's dtype, frozen; r divides O and I (checked at injection).
+        weight: (O, I) in x's dtype, frozen: it gets no gradient; r divides O and I (checked at injection).
         bone: (I/r, r, r) in x's dtype.
     Returns:
         (..., O) in x's dtype.
     """
-    r = bone.shape[-1]
-    p = _per_block(x, bone)  # (..., I/r, r)
-    y = F.linear(x + p.flatten(-2), weight)  # (..., O)
-    return y + _tile(p.sum(-2), weight.shape[0] // r)
+    return _on_rows(_BoneRow, x, weight, bone)
 
 
 def bone_left(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
     """y = x (W + dW)^T with dW_ab = B_a^T W_ab + B_a^T, one r x r matrix per *output* block.
 
-    The update acts on the output alone: with h = W x,  y_a = h_a + B_a^T (h_a + s).
+    The update acts on the output alone: with h = W x,  y_a = h_a + B_a^T (h_a + s). Backward keeps h + tile(s)
+    in place of x.
 
     Args and returns as `bone_row`, but bone is (O/r, r, r).
     """
-    r = bone.shape[-1]
-    h = F.linear(x, weight)  # (..., O)
-    s = x.unflatten(-1, (-1, r)).sum(-2)  # (..., r)
-    return h + _per_block(h + _tile(s, weight.shape[0] // r), bone.mT).flatten(-2)
+    return _on_rows(_BoneLeft, x, weight, bone)
 
 
 def bone_col(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
@@ -84,17 +78,80 @@ def bone_col(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
 
     Args and returns as `bone_row`, but bone is (O/r, r, r).
     """
-    return _BoneCol.apply(x.reshape(-1, x.shape[-1]), weight, bone).unflatten(0, x.shape[:-1])
+    return _on_rows(_BoneCol, x, weight, bone)
+
+
+def _on_rows(form: type[torch.autograd.Function], x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+    """Apply a form that takes (N, I) rows to (..., I)."""
+    return form.apply(x.reshape(-1, x.shape[-1]), weight, bone).unflatten(0, x.shape[:-1])
 
 
 def _per_block(x: Tensor, bone: Tensor) -> Tensor:
-    """B_b x_b for every block: (..., I) with (I/r, r, r) -> (..., I/r, r)."""
-    return torch.einsum("brc,...bc->...br", bone, x.unflatten(-1, (-1, bone.shape[-1])))
+    """B_b x_b for every block, added up in place by the caller: (N, I) with (I/r, r, r) -> (N, I/r, r), a view."""
+    blocks = x.unflatten(-1, (-1, bone.shape[-1])).transpose(0, 1)  # (I/r, N, r)
+    return torch.bmm(blocks, bone.mT).transpose(0, 1)
 
 
-def _tile(s: Tensor, times: int) -> Tensor:
-    """(..., r) -> (..., times * r)."""
-    return s.unsqueeze(-2).expand(*s.shape[:-1], times, s.shape[-1]).flatten(-2)
+def _block_sum(x: Tensor, r: int) -> Tensor:
+    """s = sum_b x_b: (N, I) -> (N, r)."""
+    return x.unflatten(-1, (-1, r)).sum(1)
+
+
+def _add_to_blocks(y: Tensor, s: Tensor) -> Tensor:
+    """y_a += s_a in place: (N, O) with (N, O/r, r), or with (N, 1, r) for the same in every block."""
+    y.unflatten(-1, (-1, s.shape[-1])).add_(s)
+    return y
+
+
+def _bone_gradient(grad: Tensor, x: Tensor, r: int) -> Tensor:
+    """Gradient of B in p_b = B_b x_b: grad (N, I) of p, x (N, I) -> (I/r, r, r)."""
+    grad_blocks, x_blocks = (t.unflatten(-1, (-1, r)).transpose(0, 1) for t in (grad, x))  # (I/r, N, r)
+    return torch.bmm(grad_blocks.mT, x_blocks)
+
+
+class _BoneRow(torch.autograd.Function):
+    """`bone_row` on (N, I) rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, bone)
+        p = _per_block(x, bone)  # (N, I/r, r)
+        mixed = (x.unflatten(-1, p.shape[1:]) + p).flatten(1)  # (N, I)
+        return _add_to_blocks(mixed @ weight.mT, p.sum(1, keepdim=True))
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        x, weight, bone = ctx.saved_tensors
+        grad_mixed = grad_y @ weight  # (N, I)
+        grad_tile = _block_sum(grad_y, bone.shape[-1]).unsqueeze(1)  # (N, 1, r)
+        grad_p = _add_to_blocks(grad_mixed.clone(), grad_tile)  # (N, I)
+        grad_bone = _bone_gradient(grad_p, x, bone.shape[-1]) if ctx.needs_input_grad[2] else None
+        grad_x = _add_to_blocks(grad_mixed, _per_block(grad_p, bone.mT)) if ctx.needs_input_grad[0] else None
+        return grad_x, None, grad_bone
+
+
+class _BoneLeft(torch.autograd.Function):
+    """`bone_left` on (N, I) rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+        r = bone.shape[-1]
+        h = x @ weight.mT  # (N, O)
+        inner = _add_to_blocks(h.clone(), _block_sum(x, r).unsqueeze(1))  # h + tile(s)
+        ctx.save_for_backward(inner, weight, bone)
+        return _add_to_blocks(h, _per_block(inner, bone.mT))
+
+    @staticmethod
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        inner, weight, bone = ctx.saved_tensors
+        r = bone.shape[-1]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_inner = _per_block(grad_y, bone)  # (N, O/r, r)
+            grad_h = (grad_y.unflatten(-1, (-1, r)) + grad_inner).flatten(1)  # (N, O)
+            grad_x = _add_to_blocks(grad_h @ weight, grad_inner.sum(1, keepdim=True))
+        grad_bone = _bone_gradient(inner, grad_y, r) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bone
 
 
 class _BoneCol(torch.autograd.Function):
@@ -103,10 +160,10 @@ class _BoneCol(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, bone)
-        s = x.unflatten(-1, (-1, bone.shape[-1])).sum(1)  # (N, r)
-        y = _per_block(_tile(s, bone.shape[0]), bone).flatten(-2)  # (N, O): the "+ B_a" term
+        s = _block_sum(x, bone.shape[-1])  # (N, r)
+        y = (s @ bone.flatten(0, 1).mT).contiguous()  # (N, O): the "+ B_a" term, B_a s in every output block
         for rows, blocks in _groups(weight, bone):
-            y[:, rows] += x @ _mixed(weight[rows], bone[blocks]).mT
+            y[:, rows].addmm_(x, _mixed(weight[rows], bone[blocks]).mT)
         return y
 
     @staticmethod
@@ -115,13 +172,13 @@ class _BoneCol(torch.autograd.Function):
         r = bone.shape[-1]
         grad_x = grad_bone = None
         if ctx.needs_input_grad[0]:
-            grad_s = _per_block(grad_y, bone.mT).sum(1)  # (N, r)
-            grad_x = _tile(grad_s, x.shape[-1] // r).contiguous()
+            grad_x = torch.zeros_like(x)
             for rows, blocks in _groups(weight, bone):
                 grad_x.addmm_(grad_y[:, rows], _mixed(weight[rows], bone[blocks]))
+            grad_s = grad_y @ bone.flatten(0, 1)  # (N, r)
+            _add_to_blocks(grad_x, grad_s.unsqueeze(1))
         if ctx.needs_input_grad[2]:
-            s = x.unflatten(-1, (-1, r)).sum(1)  # (N, r)
-            grad_bone = torch.einsum("nar,nc->arc", grad_y.unflatten(-1, (-1, r)), s)
+            grad_bone = (grad_y.mT @ _block_sum(x, r)).unflatten(0, (-1, r))  # (O/r, r, r): the "+ B_a" term
             for rows, blocks in _groups(weight, bone):
                 grad_w = grad_y[:, rows].mT @ x  # (rows, I): the gradient of these rows of dW
                 grad_bone[blocks] += _row_blocks(weight[rows], r).mT @ _row_blocks(grad_w, r)
