@@ -98,9 +98,9 @@ def test_runs_repeat_and_checkpointing_changes_nothing(inputs, tmp_path):
 @pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2"])
 def test_deepspeed_equals_plain_training(strategy, inputs, tmp_path):
     """Losses and gradient norms, under accumulation, where the loss must be divided once only."""
-    more = [*BONE, "--accumulate_grad_batches", "2"]
-    plain = train(tmp_path / "a", inputs, *more)
-    deep = train(tmp_path / "b", inputs, *more, "--strategy", strategy)
+    plain = train_in_a_process(tmp_path / "a", inputs, "--accumulate_grad_batches", "2")
+    deep = train_in_a_process(tmp_path / "b", inputs, "--accumulate_grad_batches", "2", "--strategy", strategy)
+    assert len(plain) == len(deep) == 3
     for a, b in zip(plain, deep, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
@@ -267,7 +267,7 @@ def test_two_processes_equal_one(inputs, tmp_path):
 
 
 def train_in_a_process(folder: Path, inputs: list[str], *more: str) -> list[dict]:
-    """`train`, as a user runs it; rows without padding."""
+    """`train`, as a user runs it; rows without padding. A process group stays with its process to the end."""
     flags = "--ctx_len 48 --epoch_steps 6 --lr_init 1e-3 --lr_final 1e-3".split()
     command = [sys.executable, "train.py", *inputs, *flags, *BONE, "--proj_dir", str(folder), *more]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
