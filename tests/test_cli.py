@@ -36,7 +36,7 @@ def test_a_script_of_rwkv_peft_carries_over(tmp_path, capsys):
     base = write_base(tmp_path / "base.pth")
     config = resolve(*RWKV_PEFT_SCRIPT.format(base=base).split())
     assert config.model == TINY
-    assert config.peft.peft_config == {"r": 32, "mode": "row", "load": ""}
+    assert config.peft.peft_config == {"r": 32, "mode": "row", "rounding": "nearest", "load": ""}
     assert (config.data.ctx_len, config.data.dataload, config.data.epoch_steps) == (512, "pad", 100)
     assert (config.train.strategy, config.train.precision, config.train.grad_cp) == ("deepspeed_stage_1", "bf16", 1)
     assert capsys.readouterr().err == "note: no effect here, ignored: --head_qk --pre_ffn\n"
@@ -55,7 +55,7 @@ def test_spellings_of_bone_config(words):
     settings = cli.parse_args(
         ["--peft", "bone", "--n_layer", "1", "--n_embd", "64", "--dry_run", "--bone_config", *words]
     )
-    assert cli.resolve(settings).peft.peft_config == {"r": 32, "mode": "row", "load": ""}
+    assert cli.resolve(settings).peft.peft_config == {"r": 32, "mode": "row", "rounding": "nearest", "load": ""}
 
 
 @pytest.mark.parametrize(

@@ -92,10 +92,10 @@ def load_with_adapter(base_model: str | Path, adapter: str | Path, *, dtype: tor
     base_parts = {name for name in trained if name in base}
     train_only(model, adapter_parameters(model) | base_parts, torch.float32)
     load_trained(model, trained, adapter)
-    return Loaded(model, base, trained, info)
+    return Loaded(model.eval(), base, trained, info)
 
 
 def load_plain(model: str | Path, *, dtype: torch.dtype | None = None) -> RWKV6:
     """A model without an adapter: a base, or the result of a merge."""
     state = load_base(model)
-    return model_from_state(shape_of(state, model), state, model, dtype=dtype or state["emb.weight"].dtype)
+    return model_from_state(shape_of(state, model), state, model, dtype=dtype or state["emb.weight"].dtype).eval()

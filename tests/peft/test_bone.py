@@ -10,7 +10,8 @@ from rwkv_peft.assembly import add_adapter
 from rwkv_peft.config import ModelConfig, PeftConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.model.init import model_on_meta
-from rwkv_peft.ops.block_affine import block_affine_delta, bone_col, bone_left, bone_row
+from rwkv_peft.ops.block_affine import add_stochastically, block_affine_delta, bone_col, bone_left, bone_row
+from rwkv_peft.peft.bone import BoneLinear
 from rwkv_peft.peft.inject import inject
 from rwkv_peft.peft.registry import method_config
 from tests.helpers import TINY, relative_error
@@ -144,3 +145,55 @@ def test_goes_onto_a_foreign_module():
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
     assert inject(model, "bone", method_config("bone", {"r": 16}), targets=["*"]) == ["0", "2"]
     assert set(model.state_dict()) == {"0.weight", "0.bias", "0.bone", "2.weight", "2.bias", "2.bone"}
+
+
+def test_stochastic_rounding_is_right_in_the_mean():
+    """Each draw is a neighbour of the exact sum, and their mean is the sum; exact sums stay."""
+    torch.manual_seed(0)
+    a = torch.tensor([[1.0, -1.0, 100.0, 0.0, 3.0]]).bfloat16()
+    b = torch.tensor([[2.0**-12, 2.0**-11, -0.1, 1e-3, 1.0]]).bfloat16()
+    exact = a.double() + b.double()
+    draws = torch.cat([add_stochastically(a, b) for _ in range(20_000)]).double()
+    step = 2.0 ** (exact.abs().log2().floor() - 7)
+    assert ((draws - exact).abs() < step).all()
+    assert ((draws.mean(0) - exact).abs() < 4 * step / 2 / 20_000**0.5 + 1e-12).all()
+    assert (draws[:, 3:] == torch.tensor([b[0, 3].item(), 4.0])).all()
+
+
+def test_stochastic_rounding_keeps_inf_and_nan():
+    a = torch.tensor([[float("inf"), float("-inf"), float("nan")]]).bfloat16()
+    total = add_stochastically(a, torch.ones_like(a))
+    assert total[0, 0] == float("inf")
+    assert total[0, 1] == float("-inf")
+    assert total[0, 2].isnan()
+
+
+@pytest.mark.parametrize("mode", ["row", "left"])
+@pytest.mark.parametrize("size", [1e-5, 2e-5, 1e-4, 1e-3, 1e-2])
+def test_stochastic_rounding_does_not_swallow_the_update(mode, size):
+    """The share of the true update that arrives in y, over many rows, against float64: within 5 % of all of it."""
+    torch.manual_seed(0)
+    weight = (torch.randn(256, 256) / 16).bfloat16()
+    x = torch.randn(4096, 256).bfloat16()
+    bone = (size * torch.randn(8, 32, 32)).bfloat16()
+    update = x.double() @ block_affine_delta(weight.double(), bone.double(), mode).mT
+    before = x.double() @ weight.double().mT
+    shares = []
+    for _ in range(8):
+        moved = FORMS[mode](x, weight, bone, True).double() - before
+        shares.append(((moved * update).sum() / update.square().sum()).item())
+    assert sum(shares) / len(shares) == pytest.approx(1, abs=0.05)
+
+
+def test_rounding_is_stochastic_in_bf16_training_only():
+    layer = BoneLinear(
+        nn.Linear(64, 64, bias=False, dtype=torch.bfloat16), method_config("bone", {"r": 16, "rounding": "stochastic"})
+    )
+    nn.init.normal_(layer.bone, std=1e-3)
+    x = torch.randn(8, 64).bfloat16()
+    assert not torch.equal(layer(x), layer(x))
+    assert torch.equal(layer(x.float()), layer(x.float()))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+    with pytest.raises(ConfigError, match="stochastic with mode col, expected row or left"):
+        method_config("bone", {"r": 16, "mode": "col", "rounding": "stochastic"})

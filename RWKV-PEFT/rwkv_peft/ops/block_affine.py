@@ -7,6 +7,8 @@ W is (O, I), cut into r x r blocks W_ab (a: output block, b: input block). Three
     left  bone (O/r, r, r)   dW_ab = B_a^T W_ab + B_a^T    eq. 8-10 read literally in Y = X (W + dW)
 
 `block_affine_delta` is the definition. The functions below it never hold a weight-sized tensor for backward.
+A number on the bf16 grid plus less than half a step is itself, and updates of early training are that small: row and
+left can round stochastically where the update joins x or y, so that all of it arrives in the mean.
 Letters: N rows (batch x time), O out_features, I in_features, r block size; s = sum_b x_b.
 """
 
@@ -42,7 +44,7 @@ def block_affine_delta(weight: Tensor, bone: Tensor, mode: str) -> Tensor:
     return delta.transpose(1, 2).reshape(weight.shape)
 
 
-def bone_row(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+def bone_row(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) -> Tensor:
     """y = x (W + dW)^T with dW_ab = W_ab B_b + B_b, one r x r matrix per *input* block.
 
     The update acts on the input alone: W_ab B_b x_b = W_ab (B_b x_b), so with p_b = B_b x_b
@@ -53,21 +55,22 @@ def bone_row(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
         x: (..., I), any float dtype.
         weight: (O, I) in x's dtype, frozen: it gets no gradient; r divides O and I (checked at injection).
         bone: (I/r, r, r) in x's dtype.
+        stochastic: round x + p stochastically; x must be bf16.
     Returns:
         (..., O) in x's dtype.
     """
-    return _on_rows(_BoneRow, x, weight, bone)
+    return _on_rows(_BoneRow, x, weight, bone, stochastic)
 
 
-def bone_left(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+def bone_left(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) -> Tensor:
     """y = x (W + dW)^T with dW_ab = B_a^T W_ab + B_a^T, one r x r matrix per *output* block.
 
     The update acts on the output alone: with h = W x,  y_a = h_a + B_a^T (h_a + s). Backward keeps h + tile(s)
     in place of x.
 
-    Args and returns as `bone_row`, but bone is (O/r, r, r).
+    Args and returns as `bone_row`, but bone is (O/r, r, r), and what is rounded stochastically is y.
     """
-    return _on_rows(_BoneLeft, x, weight, bone)
+    return _on_rows(_BoneLeft, x, weight, bone, stochastic)
 
 
 def bone_col(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
@@ -81,9 +84,28 @@ def bone_col(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
     return _on_rows(_BoneCol, x, weight, bone)
 
 
-def _on_rows(form: type[torch.autograd.Function], x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+def add_stochastically(a: Tensor, b: Tensor) -> Tensor:
+    """a + b in bf16, rounded up or down at random so that its mean is the exact sum.
+
+    Noise below the bf16 grid is added to the fp32 sum, which is then cut off. The noise of place (n, m) is that of
+    row n xor that of column m: uniform everywhere and pairwise independent, which is all that the mean and the
+    variance of any product with the result depend on, for N + M random numbers instead of N * M.
+
+    Args:
+        a, b: (N, M) bf16.
+    Returns:
+        (N, M) bf16. The numbers come from torch's generator of the device, which checkpointing replays.
+    """
+    bits = a.float().add_(b).view(torch.int32)
+    rows = torch.randint(2**16, (a.shape[0], 1), dtype=torch.int32, device=a.device)
+    columns = torch.randint(2**16, (1, a.shape[1]), dtype=torch.int32, device=a.device)
+    bits.add_(rows ^ columns)  # carries into the upper half as often as the lower half says
+    return bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
+
+
+def _on_rows(form: type[torch.autograd.Function], x: Tensor, *arguments: Tensor | bool) -> Tensor:
     """Apply a form that takes (N, I) rows to (..., I)."""
-    return form.apply(x.reshape(-1, x.shape[-1]), weight, bone).unflatten(0, x.shape[:-1])
+    return form.apply(x.reshape(-1, x.shape[-1]), *arguments).unflatten(0, x.shape[:-1])
 
 
 def _per_block(x: Tensor, bone: Tensor) -> Tensor:
@@ -113,36 +135,41 @@ class _BoneRow(torch.autograd.Function):
     """`bone_row` on (N, I) rows."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bone)
         p = _per_block(x, bone)  # (N, I/r, r)
-        mixed = (x.unflatten(-1, p.shape[1:]) + p).flatten(1)  # (N, I)
-        return _add_to_blocks(mixed @ weight.mT, p.sum(1, keepdim=True))
+        s = p.sum(1, keepdim=True)  # (N, 1, r)
+        if not stochastic:
+            return _add_to_blocks((x.unflatten(-1, p.shape[1:]) + p).flatten(1) @ weight.mT, s)
+        # One rounding for both terms: y on the bf16 grid would swallow the second as x swallows p.
+        tile = s.flatten(1).repeat(1, weight.shape[0] // bone.shape[-1])  # (N, O)
+        return torch.addmm(tile, add_stochastically(x, p.flatten(1)), weight.mT)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         x, weight, bone = ctx.saved_tensors
         grad_mixed = grad_y @ weight  # (N, I)
         grad_tile = _block_sum(grad_y, bone.shape[-1]).unsqueeze(1)  # (N, 1, r)
         grad_p = _add_to_blocks(grad_mixed.clone(), grad_tile)  # (N, I)
         grad_bone = _bone_gradient(grad_p, x, bone.shape[-1]) if ctx.needs_input_grad[2] else None
         grad_x = _add_to_blocks(grad_mixed, _per_block(grad_p, bone.mT)) if ctx.needs_input_grad[0] else None
-        return grad_x, None, grad_bone
+        return grad_x, None, grad_bone, None
 
 
 class _BoneLeft(torch.autograd.Function):
     """`bone_left` on (N, I) rows."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool) -> Tensor:
         r = bone.shape[-1]
         h = x @ weight.mT  # (N, O)
         inner = _add_to_blocks(h.clone(), _block_sum(x, r).unsqueeze(1))  # h + tile(s)
         ctx.save_for_backward(inner, weight, bone)
-        return _add_to_blocks(h, _per_block(inner, bone.mT))
+        update = _per_block(inner, bone.mT)  # (N, O/r, r)
+        return add_stochastically(h, update.flatten(1)) if stochastic else _add_to_blocks(h, update)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         inner, weight, bone = ctx.saved_tensors
         r = bone.shape[-1]
         grad_x = None
@@ -151,7 +178,7 @@ class _BoneLeft(torch.autograd.Function):
             grad_h = (grad_y.unflatten(-1, (-1, r)) + grad_inner).flatten(1)  # (N, O)
             grad_x = _add_to_blocks(grad_h @ weight, grad_inner.sum(1, keepdim=True))
         grad_bone = _bone_gradient(inner, grad_y, r) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bone
+        return grad_x, None, grad_bone, None
 
 
 class _BoneCol(torch.autograd.Function):

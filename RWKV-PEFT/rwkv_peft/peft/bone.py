@@ -25,6 +25,8 @@ class BoneConfig:
     """Block size; the trained matrices are r x r."""
     mode: str = "row"
     """Which blocks share a matrix: row, col or left (see ops/block_affine.py)."""
+    rounding: str = "nearest"
+    """nearest, or stochastic: in bf16 training, small updates then arrive in the mean (row and left)."""
     load: str = ""
     """Adapter file to start from."""
 
@@ -34,6 +36,10 @@ class BoneConfig:
         if self.mode not in FORWARD:
             hint = "Hugging Face's bat is col; RWKV-PEFT's bone_mode bat is row." if self.mode == "bat" else None
             raise ConfigError("bone_config", "mode", found=self.mode, expected=" | ".join(FORWARD), hint=hint)
+        if self.rounding not in ("nearest", "stochastic"):
+            raise ConfigError("bone_config", "rounding", found=self.rounding, expected="nearest | stochastic")
+        if self.rounding == "stochastic" and self.mode == "col":
+            raise ConfigError("bone_config", "rounding", found="stochastic with mode col", expected="row or left")
 
     @staticmethod
     def older_spellings(options: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +68,13 @@ class BoneLinear(PeftLinear):
         self.bone = nn.Parameter(torch.zeros(blocks, config.r, config.r, device=self.weight.device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = FORWARD[self.config.mode](x, self.weight.to(x.dtype), self.bone.to(x.dtype))
+        options = {"stochastic": True} if self._rounds_stochastically(x) else {}
+        y = FORWARD[self.config.mode](x, self.weight.to(x.dtype), self.bone.to(x.dtype), **options)
         return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def _rounds_stochastically(self, x: Tensor) -> bool:
+        """While training only: evaluated twice, the same input must give the same output."""
+        return self.config.rounding == "stochastic" and self.training and x.dtype == torch.bfloat16
 
     def delta_weight(self) -> Tensor:
         wide = wide_dtype(self.weight)
