@@ -15,6 +15,7 @@ from rwkv_peft.errors import exit_with_message
 def main(argv: Sequence[str]) -> None:
     settings = cli.parse_args(argv)
     if cli.is_bare(settings):
+        cli.check(settings)
         from demo.example import with_demo_defaults
 
         settings = with_demo_defaults(settings)

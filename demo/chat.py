@@ -10,11 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:1] = [str(ROOT / "RWKV-PEFT"), str(ROOT)]
 
-from rwkv_peft.errors import exit_with_message
+from rwkv_peft.errors import ConfigError, exit_with_message
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="demo/chat.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="demo/chat.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", default=str(ROOT / "demo/out/merged.pth"), help="A base or merged .pth.")
     parser.add_argument("--adapter", help="An adapter of that base, used without merging.")
     parser.add_argument(
@@ -37,6 +37,9 @@ def main(argv: Sequence[str]) -> None:
 
     model = load_with_adapter(args.model, args.adapter).model if args.adapter else load_plain(args.model)
     tokenizer = load_tokenizer(args.tokenizer)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        found, expected = f"{tokenizer.vocab_size} ids", f"at most {model.config.vocab_size}, the model's"
+        raise ConfigError("tokenizer", what=f"{args.tokenizer} does not fit the model", found=found, expected=expected)
     print("An empty line ends the chat.")
     for turn in range(sys.maxsize):
         try:

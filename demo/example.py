@@ -29,13 +29,15 @@ FINE_TUNE: Mapping[str, Any] = {
     "lr_init": 8e-3,
     "lr_final": 5e-4,
     "warmup_steps": 10,
-    "proj_dir": str(OUT / "bone"),
 }
 """Settings of the demo's fine-tune. The rates suit a tiny model; 2e-5 is for the real ones."""
 
+SHAPE: Mapping[str, int] = {"n_layer": 4, "n_embd": 256, "vocab_size": corpus.VOCAB_SIZE}
+"""Of the base model."""
+
 PRETRAIN = (
-    "--n_layer 4 --n_embd 256 --ctx_len 256 --micro_bsz 8 --epoch_steps 220 --lr_init 3e-3 --lr_final 3e-4 "
-    "--warmup_steps 20 --adam_eps 1e-18"
+    f"--n_layer {SHAPE['n_layer']} --n_embd {SHAPE['n_embd']} --ctx_len 256 --micro_bsz 8 --epoch_steps 220 "
+    "--lr_init 3e-3 --lr_final 3e-4 --warmup_steps 20 --adam_eps 1e-18"
 )
 
 
@@ -43,7 +45,10 @@ def with_demo_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with the demo's model and data below them: whatever the user gave wins."""
     shown = OUT.relative_to(ROOT)
     sys.stderr.write(f"note: no --load_model, no --data_file: using the demo's base and data in {shown}\n")
-    if not (BASE.exists() and CHAT.with_suffix(".idx").exists()):
+    made = BASE.exists() and CHAT.with_suffix(".idx").exists()
+    if settings.get("dry_run") and not made:
+        return {**SHAPE, **settings}
+    if not made:
         sys.stderr.write("      making them first (about three minutes on two cores)\n")
         make_inputs()
     return {**FINE_TUNE, **settings}

@@ -22,7 +22,7 @@ def main(argv: list[str]) -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     make_inputs()
     flags = [word for name, value in FINE_TUNE.items() for word in (f"--{name}", value)]
-    python("train.py", *flags, "--peft", "bone", "--bone_config", '{"r":64}')
+    python("train.py", *flags, "--proj_dir", BONE, "--peft", "bone", "--bone_config", '{"r":64}')
     adapter = BONE / "rwkv-0.safetensors"
     python("tools/merge.py", "--base_model", BASE, "--adapter", adapter, "--output", MERGED)
     before, after = compare()

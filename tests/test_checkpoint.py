@@ -53,7 +53,7 @@ def test_missing_and_foreign_content(tmp_path):
     with pytest.raises(CheckpointError, match=r"none.pth: no such file"):
         load_base(tmp_path / "none.pth")
     torch.save({"model": {"x": torch.ones(1)}}, tmp_path / "nested.pth")
-    with pytest.raises(CheckpointError, match="not a model file; expected a dict of tensors"):
+    with pytest.raises(CheckpointError, match="not a model file; expected a dict of named"):
         load_base(tmp_path / "nested.pth")
 
 
@@ -116,3 +116,51 @@ def test_saving_is_whole_or_nothing(tmp_path, monkeypatch):
         save_base({"a": torch.ones(9)}, path)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.pth"], "no temporary file stays behind"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\n", "a git-lfs pointer"),
+        (b"<!DOCTYPE html><html>", "a web page or text"),
+        (b'{"error": "not found"}', "a web page or text"),
+        ((100).to_bytes(8, "little") + b'{"x":1}', "a .safetensors file"),
+        (b"just some text", "damaged or cut off"),
+        (b"\x80", "refused"),
+    ],
+)
+def test_what_is_no_model_is_named(content, what, tmp_path):
+    """In our words: torch's own advice is to switch its protection off."""
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=what) as error:
+        load_base(tmp_path / "x.pth")
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", [{1: torch.ones(2)}, {"x": torch.ones(2, dtype=torch.int8)}, {"x": torch.eye(2).to_sparse()}]
+)
+def test_odd_tensors_are_refused(content, tmp_path):
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match="not a model file"):
+        load_base(tmp_path / "odd.pth")
+
+
+def test_a_vector_where_a_matrix_belongs():
+    state = lively_model().state_dict()
+    with pytest.raises(CheckpointError, match=r"time_faaaa has another shape; found \(64,\), expected a matrix"):
+        shape_of(state | {"blocks.0.att.time_faaaa": torch.zeros(64)}, "base.pth")
+
+
+def test_a_folder_is_no_model(tmp_path):
+    with pytest.raises(CheckpointError, match="is a folder"):
+        load_base(tmp_path)
+
+
+def test_a_slightly_different_base_is_another_base():
+    """A merged file is one: an adapter merged into it again would count twice."""
+    state = lively_model().state_dict()
+    for dtype in (torch.float32, torch.bfloat16):
+        stored = {key: tensor.to(dtype) for key, tensor in state.items()}
+        moved = stored | {"blocks.0.att.key.weight": stored["blocks.0.att.key.weight"] * 1.01}
+        assert not same_base(fingerprint(stored), fingerprint(moved))

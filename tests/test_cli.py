@@ -69,6 +69,11 @@ def test_spellings_of_bone_config(words):
         ("--strategy deepspeed_stage_9", "--strategy: invalid choice"),
         ("--my_testing x070", "--my_testing: bad value; found x070, expected x060"),
         ("--train_type infctx", "--train_type: bad value; found infctx, expected none"),
+        ("--state_tune 1", "--state_tune: is not here; found 1"),
+        ("--optim muon", "--optim: is not here; found muon"),
+        ('--train_parts ["time"', '--train_parts: found ["time", expected names'),
+        ("--train_parts [1,2]", "--train_parts: found [1,2], expected names"),
+        ('--peft bone --peft_config {"r":8} --bone_config {"r":8}', "--bone_config: given beside --peft_config"),
         ("stray", "'stray' belongs to no flag"),
         ("--config nowhere.yaml", "--config: no such file nowhere.yaml"),
     ],
@@ -83,6 +88,9 @@ def test_bad_words_are_one_clear_line(argv, message):
     [
         ("--peft bonn --dry_run --n_layer 1 --n_embd 64", r"--peft: unknown method; found bonn, .*Did you mean bone\?"),
         ('--peft bone --bone_config {"rank":8} --n_layer 1 --n_embd 64 --dry_run', "--bone_config rank: unknown key"),
+        ('--peft bone --bone_config {"r":8,"bone_r":16} --n_layer 1 --n_embd 64 --dry_run', "says one thing twice"),
+        ("--lr_init inf --n_layer 1 --n_embd 64 --dry_run", "--lr_init: bad value; found inf, expected a finite"),
+        ("--random_seed 5000000000 --n_layer 1 --n_embd 64 --dry_run", "--random_seed: bad value"),
         ("--ctx_len 0 --dry_run --n_layer 1 --n_embd 64", "--ctx_len: bad value; found 0, expected"),
         ("--n_layer 1 --dry_run", "--n_embd: bad value; found 0, expected a positive integer"),
         (
@@ -128,10 +136,14 @@ def test_flag_beats_yaml_beats_default(tmp_path):
     ("yaml", "message"),
     [
         ("data: {ctx_length: 5}", r"data.ctx_length: unknown key. Did you mean ctx_len\?"),
-        ("date: {ctx_len: 5}", "unknown section 'date'"),
+        ("date: {ctx_len: 5}", "'date' is not a section of settings"),
         ("data: {ctx_len: long}", "ctx_len: bad value; found long"),
         ("train: {precision: fp12}", r"precision: bad value; found fp12, expected auto \| fp32"),
         ("data: [", "is not YAML"),
+        ("peft: {train_parts: time}", "train_parts: bad value; found 'time', expected a YAML list"),
+        ("peft: {peft_config: abc}", "peft_config: bad value; found 'abc', expected a YAML dict"),
+        ("train: {load_model: }", "load_model: bad value; found nothing, expected TEXT"),
+        ("optim: {5: 1}", r"optim.5: unknown key"),
         ("- ctx_len", "is not a config; expected sections train, model"),
     ],
 )
@@ -140,6 +152,15 @@ def test_bad_yaml(yaml, message, tmp_path):
     path.write_text(yaml)
     with pytest.raises(UserError, match=message):
         cli.parse_args(["--config", str(path)])
+
+
+def test_options_of_a_saved_run_stay_with_its_method(tmp_path):
+    """`--peft lora` over a Bone run's config takes LoRA's defaults, not Bone's options."""
+    (tmp_path / "config.yaml").write_text("peft: {peft: bone, peft_config: {r: 16, mode: row}}")
+    shape = ["--n_layer", "1", "--n_embd", "64", "--dry_run", "--config", tmp_path / "config.yaml"]
+    assert resolve(*shape).peft.peft_config["r"] == 16
+    assert resolve(*shape, "--peft", "lora").peft.peft_config["r"] == 32
+    assert resolve(*shape, "--bone_config", '{"r":32}').peft.peft_config["r"] == 32
 
 
 def test_bare_means_neither_model_nor_data_nor_shape():
@@ -172,7 +193,7 @@ def test_errors_are_one_line_and_exit_code_2_unless_debug():
     command = [sys.executable, "train.py", "--load_model", "gone.pth", "--data_file", "x"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr == "error: gone.pth: no such file. Check --load_model / --base_model.\n"
+    assert result.stderr == "error: gone.pth: no such file; expected a .pth model file.\n"
     loud = subprocess.run([*command, "--debug"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert loud.returncode != 0
     assert "Traceback" in loud.stderr

@@ -14,7 +14,7 @@ from rwkv_peft.errors import exit_with_message
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools/merge.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="tools/merge.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--base_model", required=True, help="The .pth the adapter was trained on.")
     parser.add_argument("--adapter", required=True, help="The .safetensors a run wrote (rwkv-N.safetensors).")
     parser.add_argument("--output", required=True, help="The .pth to write.")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rwkv_peft.checkpoint import fingerprint, load_base, shape_of
 from rwkv_peft.config import PeftConfig
-from rwkv_peft.errors import CheckpointError
+from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.model.init import model_from_state
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.peft.adapter_io import (
@@ -46,6 +46,8 @@ def warm_start(model: RWKV6, peft: PeftConfig, base_fingerprint: Mapping[str, An
     """
     path = peft.peft_config["load"]
     if path.endswith(".pth"):
+        if peft.peft_config.get("mode", "row") != "row":
+            raise CheckpointError(path, "RWKV-PEFT's .pth adapters are Bone row", found=peft.peft_config["mode"])
         load_trained(model, read_pth_adapter(path), path)
         return None
     tensors, info = read_adapter(path)
@@ -88,7 +90,10 @@ def load_with_adapter(base_model: str | Path, adapter: str | Path, *, dtype: tor
     trained, info = read_adapter(adapter)
     check_same_base(info, fingerprint(base), adapter, base_model)
     model = model_from_state(shape_of(base, base_model), base, base_model, dtype=dtype or base["emb.weight"].dtype)
-    inject(model, info.method, method_config(info.method, info.options), targets=info.targets)
+    try:
+        inject(model, info.method, method_config(info.method, info.options), targets=info.targets)
+    except ConfigError as error:  # not the user's flags: what the file says
+        raise CheckpointError(str(adapter), f"damaged description ({error})") from error
     base_parts = {name for name in trained if name in base}
     train_only(model, adapter_parameters(model) | base_parts, torch.float32)
     load_trained(model, trained, adapter)

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.errors import CheckpointError
 
-SAMPLES_PER_TENSOR = 4
-RELATIVE_TOLERANCE = 2e-2
-"""Twice what a bf16 or fp16 copy of an fp32 value can differ by."""
+UNREADABLE = (
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError,
+)  # fmt: skip
+"""What torch.load raises on files that are no checkpoints, depending on their bytes."""
+
+SAMPLES_PER_TENSOR = 8
+"""Values of each tensor that a fingerprint keeps."""
+
+SHAPE_KEYS = (
+    "emb.weight",
+    "head.weight",
+    "blocks.0.att.time_maa_w1",
+    "blocks.0.att.time_decay_w1",
+    "blocks.0.att.time_faaaa",
+    "blocks.0.att.key.weight",
+    "blocks.0.ffn.key.weight",
+)
+"""The matrices that a model's shape is read from."""
 
 
 def load_base(path: str | Path) -> dict[str, Tensor]:
@@ -30,21 +48,45 @@ def load_base(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(str(path), "no such file", hint="Check --load_model / --base_model.")
+        raise CheckpointError(
+            str(path), "is a folder" if path.is_dir() else "no such file", expected="a .pth model file"
+        )
     try:
         content = _torch_load(path)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            str(path), "refused: the file holds more than plain tensors, or is not a .pth", hint=_first_line(error)
-        ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            str(path), f"cannot be read, probably cut off ({path.stat().st_size} bytes)", hint="Download it again."
-        ) from error
-    plain = isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())
+    except UNREADABLE as error:
+        what, hint = _refusal(path)
+        raise CheckpointError(str(path), what, hint=hint) from error
+    plain = isinstance(content, dict) and all(
+        isinstance(key, str)
+        and isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and value.is_floating_point()
+        for key, value in content.items()
+    )
     if not plain or not content:
-        raise CheckpointError(str(path), "not a model file", expected="a dict of tensors, as RWKV's .pth files are")
+        expected = "a dict of named, dense floating-point tensors, as RWKV's .pth files are"
+        raise CheckpointError(str(path), "not a model file", expected=expected)
     return content
+
+
+def _first_bytes(path: Path, count: int = 64) -> bytes:
+    with path.open("rb") as file:
+        return file.read(count)
+
+
+def _refusal(path: Path) -> tuple[str, str]:
+    """Why a file that torch would not load is none of ours, by its first bytes; and the way out."""
+    head = _first_bytes(path)
+    size = f"{path.stat().st_size} bytes"
+    if head.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the model", "Fetch the file itself: git lfs pull."
+    if head.lstrip()[:1] in (b"<", b"{"):
+        return "a web page or text, not a model", "Download the .pth file itself."
+    if head[8:9] == b"{":
+        return "a .safetensors file, not a .pth", "Give a base model in RWKV's .pth format."
+    if (head.startswith(b"PK") and zipfile.is_zipfile(path)) or head.startswith(b"\x80"):
+        return f"refused: it holds more than plain tensors, or is cut off ({size})", "Nothing in it was executed."
+    return f"cannot be read, damaged or cut off ({size})", "Download it again."
 
 
 def _torch_load(path: Path) -> Any:
@@ -84,13 +126,12 @@ def _refuse_other_models(state: Mapping[str, Tensor], path: str) -> None:
         raise CheckpointError(
             path, "wrong kind of model", found=found, expected="RWKV-6 (x060)", hint="See README: Base models."
         )
-    needed = (
-        "emb.weight head.weight blocks.0.att.time_maa_w1 blocks.0.att.time_decay_w1 blocks.0.att.time_faaaa "
-        "blocks.0.att.key.weight blocks.0.ffn.key.weight"
-    )
-    missing = [key for key in needed.split() if key not in state]
+    missing = [key for key in SHAPE_KEYS if key not in state]
     if missing:
         raise CheckpointError(path, f"incomplete RWKV-6: {', '.join(missing)} missing")
+    for key in SHAPE_KEYS:
+        if state[key].ndim != 2:
+            raise CheckpointError(path, f"{key} has another shape", found=tuple(state[key].shape), expected="a matrix")
 
 
 def _generation(state: Mapping[str, Tensor]) -> str:
@@ -139,22 +180,38 @@ def fingerprint(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What tells one base from another whatever dtype it is stored in: names, shapes, and a few values of each."""
     keys = sorted(state)
     shapes = json.dumps([[key, list(state[key].shape)] for key in keys])
-    samples = [float(f"{value:.4g}") for key in keys for value in _samples(state[key])]
-    return {"shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16], "samples": samples}
+    return {
+        "shapes": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "dtypes": [str(state[key].dtype).removeprefix("torch.") for key in keys],
+        "samples": [_samples(state[key]) for key in keys],
+    }
 
 
 def _samples(tensor: Tensor) -> list[float]:
     flat = tensor.detach().reshape(-1)
     where = torch.linspace(0, flat.numel() - 1, min(SAMPLES_PER_TENSOR, flat.numel())).long()
-    return flat[where].float().tolist()
+    return flat[where].double().tolist()
 
 
 def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """True where two fingerprints are of one model, stored in whatever dtypes."""
-    if a["shapes"] != b["shapes"] or len(a["samples"]) != len(b["samples"]):
+    """True where two fingerprints are of one model, stored in whatever dtypes.
+
+    Values of one dtype must be equal; of two dtypes, equal to a step of the coarser, since one is the other rounded.
+    """
+    if a["shapes"] != b["shapes"]:
         return False
-    pairs = zip(a["samples"], b["samples"], strict=True)
-    return all(abs(x - y) <= RELATIVE_TOLERANCE * max(abs(x), abs(y)) + 1e-7 for x, y in pairs)
+    tensors = zip(a["dtypes"], b["dtypes"], a["samples"], b["samples"], strict=True)
+    return all(_same_values(torch.tensor(x), torch.tensor(y), _step(da, db)) for da, db, x, y in tensors)
+
+
+def _same_values(a: Tensor, b: Tensor, step: float) -> bool:
+    # Below fp16's smallest normal number its steps are absolute, 6e-8 wide.
+    return torch.equal(a, b) if step == 0 else torch.allclose(a, b, rtol=step, atol=1e-7)
+
+
+def _step(a: str, b: str) -> float:
+    """Relative step of the coarser of two dtypes; 0 where they are the same."""
+    return 0.0 if a == b else max(torch.finfo(getattr(torch, name)).eps for name in (a, b))
 
 
 # -------------------------------------------------------------------------------------------- saving
@@ -181,10 +238,11 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # writers have their own ways to report a full disk
         raise CheckpointError(str(path), f"cannot be written ({_first_line(error)})") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _umask() -> int:

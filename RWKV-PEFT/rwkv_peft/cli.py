@@ -14,7 +14,7 @@ import json
 import sys
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, asdict, fields
+from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -37,6 +37,12 @@ IGNORED_FLAGS = (
 ).split()
 """Flags of RWKV-LM and RWKV-PEFT that mean nothing here; accepted with one warning."""
 
+NEUTRAL_VALUES = {"0", "0.0", "-1", "-1.0", "none", "false", ""}
+ONLY_NEUTRAL = (
+    "dropout head_qk load_partial my_qa_mask optim pre_ffn state_tune tiny_att_dim weight_decay_final"
+).split()
+"""Ignored flags that would change what is trained; any value but a neutral one is an error."""
+
 EPILOG = """With no --load_model, no --data_file and no shape flag, the demo's small base model and data serve
 (they are made on first use). Shape flags without --load_model mean training from scratch."""
 
@@ -55,13 +61,16 @@ def parse_args(argv: Sequence[str]) -> dict[str, Any]:
     namespace, unknown = build_parser().parse_known_args(argv)
     _refuse_unknown(unknown)
     flags = vars(namespace)
-    _warn_ignored([name for name in IGNORED_FLAGS if flags.pop(f"ignored_{name}", None) is not None])
+    _set_aside_ignored(flags)
     for name, only in ONE_VALUE_FLAGS.items():
         value = flags.pop(name, only)
         if value != only:
             raise ConfigError(name, found=value, expected=f"{only}, the only one there is so far")
+    flags = _choose_method_options(flags)
     settings = read_yaml(Path(flags.pop("config"))) if "config" in flags else {}
-    return _choose_method_options(settings | flags)
+    if flags.get("peft", settings.get("peft")) != settings.get("peft"):
+        settings.pop("peft_config", None)  # the options of another method
+    return settings | flags
 
 
 def is_bare(settings: Mapping[str, Any]) -> bool:
@@ -70,31 +79,41 @@ def is_bare(settings: Mapping[str, Any]) -> bool:
     return not (settings.get("load_model") or settings.get("data_file") or shape)
 
 
-def resolve(settings: Mapping[str, Any]) -> RunConfig:
-    """Fill in shapes from the checkpoint, check the method's options, and freeze everything."""
+def check(settings: Mapping[str, Any]) -> RunConfig:
+    """Everything that can be said without opening a file: the sections, and the method's options in full.
+
+    Raises:
+        ConfigError: a value out of range, an unknown method, a bad option.
+    """
     from rwkv_peft.peft.registry import method_config
 
     def section(cls: type) -> Any:
         return cls(**{spec.name: settings[spec.name] for spec in fields(cls) if spec.name in settings})
 
-    train, peft, data = section(TrainConfig), section(PeftConfig), section(DataConfig)
-    if not data.data_file and not train.dry_run:
-        raise ConfigError("data_file", what="no data to train on", expected="the prefix of a binidx pair")
+    peft = section(PeftConfig)
     options = method_config(peft.peft, peft.peft_config)
     return RunConfig(
-        model=_resolve_shape(section(ModelConfig), train.load_model, data.data_file),
-        peft=PeftConfig(**vars(peft) | {"peft_config": asdict(options)}),
-        data=data,
+        model=section(ModelConfig),
+        peft=replace(peft, peft_config=asdict(options)),
+        data=section(DataConfig),
         optim=section(OptimConfig),
-        train=train,
+        train=section(TrainConfig),
     )
+
+
+def resolve(settings: Mapping[str, Any]) -> RunConfig:
+    """`check`, with the shape filled in from the checkpoint or the data."""
+    config = check(settings)
+    if not config.data.data_file and not config.train.dry_run:
+        raise ConfigError("data_file", what="no data to train on", expected="the prefix of a binidx pair")
+    return replace(config, model=_resolve_shape(config.model, config.train.load_model, config.data.data_file))
 
 
 def _resolve_shape(asked: ModelConfig, load_model: str, data_file: str) -> ModelConfig:
     """The checkpoint's shape, where no flag contradicts it; else the flags' shape, completed."""
     if not load_model:
         vocab_size = asked.vocab_size or _vocab_size_of_data(data_file)
-        return ModelConfig(**vars(asked) | {"vocab_size": vocab_size}).resolved()
+        return replace(asked, vocab_size=vocab_size).resolved()
     from rwkv_peft.checkpoint import load_base, shape_of
 
     shape = shape_of(load_base(load_model), load_model)
@@ -165,7 +184,12 @@ class _WordsAction(argparse.Action):
 
     def __call__(self, parser, namespace, values, option_string=None):
         text = " ".join(values)
-        words = json.loads(text) if text.startswith("[") else text.replace(",", " ").split()
+        try:
+            words = json.loads(text) if text.startswith("[") else text.replace(",", " ").split()
+        except json.JSONDecodeError:
+            words = None
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise argparse.ArgumentError(self, f"found {text}, expected names such as: time ln")
         setattr(namespace, self.dest, tuple(words))
 
 
@@ -203,19 +227,22 @@ def parse_options(flag: str, words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _choose_method_options(settings: dict[str, Any]) -> dict[str, Any]:
-    """Keep the options of the chosen method, whichever flag spelled them; warn of the others."""
-    if isinstance(settings.get("peft_config"), list):
-        settings["peft_config"] = parse_options("peft_config", settings["peft_config"])
+def _choose_method_options(flags: dict[str, Any]) -> dict[str, Any]:
+    """The options of the chosen method, whichever flag spelled them; warns of other methods'."""
+    if "peft_config" in flags:
+        flags["peft_config"] = parse_options("peft_config", flags["peft_config"])
     for flag, method in METHOD_FLAGS.items():
-        if flag not in settings:
+        if flag not in flags:
             continue
-        options = parse_options(flag, settings.pop(flag))
-        if settings.get("peft") == method:
-            settings["peft_config"] = options
+        options = parse_options(flag, flags.pop(flag))
+        chosen = flags.get("peft", method if "config" in flags else None)
+        if chosen != method:
+            sys.stderr.write(f"note: --{flag} has no effect with --peft {flags.get('peft', 'none')}\n")
+        elif "peft_config" in flags:
+            raise ConfigError(flag, what="given beside --peft_config", expected="one of the two")
         else:
-            sys.stderr.write(f"note: --{flag} has no effect with --peft {settings.get('peft', 'none')}\n")
-    return settings
+            flags["peft_config"] = options
+    return flags
 
 
 def _refuse_unknown(words: Sequence[str]) -> None:
@@ -229,6 +256,12 @@ def _refuse_unknown(words: Sequence[str]) -> None:
     raise UserError(f"--{name}", "unknown flag", hint=nearest(name, known, "--") or "See python train.py --help.")
 
 
-def _warn_ignored(names: Sequence[str]) -> None:
+def _set_aside_ignored(flags: dict[str, Any]) -> None:
+    """Drop the ignored flags with one note; raise ConfigError where one asks for what is not here."""
+    names = [name for name in IGNORED_FLAGS if f"ignored_{name}" in flags]
+    for name in names:
+        value = " ".join(flags.pop(f"ignored_{name}"))
+        if name in ONLY_NEUTRAL and (value.lower() not in NEUTRAL_VALUES or (name == "state_tune" and not value)):
+            raise ConfigError(name, what="is not here", found=value or "the flag", expected="0, or no such flag")
     if names:
         sys.stderr.write(f"note: no effect here, ignored: {' '.join('--' + name for name in names)}\n")

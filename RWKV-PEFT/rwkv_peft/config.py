@@ -6,11 +6,15 @@ help text. Nothing here imports torch, so that `--help` stays fast.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from rwkv_peft.errors import ConfigError
+
+MAX_INTEGER = 2**31 - 1
+"""Seeds and epoch numbers go into 64-bit counters beside other numbers."""
 
 
 def _require(flag: str, value: Any, good: bool, expected: str) -> None:
@@ -111,8 +115,10 @@ class DataConfig:
         for name in ("ctx_len", "micro_bsz", "epoch_count"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "an integer of at least 1")
         for name in ("epoch_steps", "epoch_begin"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
-        _require("random_seed", self.random_seed, self.random_seed >= -1, "an integer of at least 0, or -1")
+            _require(
+                name, getattr(self, name), 0 <= getattr(self, name) <= MAX_INTEGER, "an integer from 0 to 2^31 - 1"
+            )
+        _require("random_seed", self.random_seed, -1 <= self.random_seed <= MAX_INTEGER, "0 to 2^31 - 1, or -1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +148,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr_init", "lr_final", "weight_decay", "grad_clip", "adam_eps"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "a number of at least 0")
+            _require(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, "a finite number of at least 0")
         for name in ("beta1", "beta2"):
             _require(name, getattr(self, name), 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         for name, least in (("accumulate_grad_batches", 1), ("warmup_steps", -1)):  # RWKV-LM's -1 is no warmup
@@ -166,7 +172,7 @@ class TrainConfig:
     num_nodes: int = 1
     """Number of machines."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
-    """Arithmetic of the model; auto is bf16 on a GPU that has it, else fp32. What trains is kept in fp32."""
+    """Arithmetic of the model; auto is bf16 on a GPU that has it, else fp32; fp16 is refused until it is tested."""
     strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2"] = "auto"
     """How devices share the work (Lightning's names)."""
     grad_cp: Literal[0, 1] = 0
@@ -181,6 +187,7 @@ class TrainConfig:
     """Show Python tracebacks for mistakes in the input too."""
 
     def __post_init__(self) -> None:
+        _require("proj_dir", repr(self.proj_dir), bool(self.proj_dir), "a folder")
         _require("epoch_save", self.epoch_save, self.epoch_save >= 1, "an integer of at least 1")
         _require("num_nodes", self.num_nodes, self.num_nodes >= 1, "an integer of at least 1")
         good = self.devices == "auto" or (self.devices.isdigit() and int(self.devices) >= 1)

@@ -28,12 +28,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError("config", what=f"{path} is not a config", expected=f"sections {', '.join(SECTIONS)}")
     settings: dict[str, Any] = {}
     for name, values in sections.items():
-        if name not in SECTIONS or not isinstance(values, dict):
-            raise ConfigError("config", what=f"{path}: unknown section {name!r}", expected=", ".join(SECTIONS))
+        if name not in SECTIONS or not isinstance(values, dict | None):
+            what = f"{path}: {name!r} is not a section of settings"
+            raise ConfigError("config", what=what, expected=f"mappings {', '.join(SECTIONS)}")
         specs = {spec.name: spec for spec in fields(SECTIONS[name])}
-        for key, value in values.items():
+        for key, value in (values or {}).items():
             if key not in specs:
-                raise ConfigError("config", f"{name}.{key}", what="unknown key", hint=nearest(key, specs))
+                raise ConfigError("config", f"{name}.{key}", what="unknown key", hint=nearest(str(key), specs))
             settings[key] = _from_yaml(SECTIONS[name], specs[key], value)
     return settings
 
@@ -46,10 +47,14 @@ def write_yaml(config: RunConfig, path: Path) -> None:
 
 def _from_yaml(owner: type, spec: Field, value: Any) -> Any:
     kind = typing.get_type_hints(owner)[spec.name]
-    if typing.get_origin(kind) is tuple:
-        return tuple(str(item) for item in value or ())
-    if typing.get_origin(kind) is not None and typing.get_origin(kind) is not Literal:
-        return dict(value or {})
+    origin = typing.get_origin(kind)
+    if origin is tuple or origin not in (None, Literal):
+        plain = list if origin is tuple else dict
+        if not isinstance(value, plain | None):
+            raise ConfigError("config", spec.name, found=repr(value), expected=f"a YAML {plain.__name__}")
+        return tuple(str(item) for item in value or ()) if origin is tuple else dict(value or {})
+    if value is None:
+        raise ConfigError("config", spec.name, found="nothing", expected=type_name(kind))
     choices = typing.get_args(kind)
     try:
         converted = converter(kind)(str(value))

@@ -72,7 +72,7 @@ def exit_with_message(main: Callable[[Sequence[str]], int | None]) -> None:
     try:
         sys.exit(main(argv) or 0)
     except UserError as error:
-        if "--debug" in argv:
+        if any(word in ("--debug", "--debug=1") for word in argv):
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

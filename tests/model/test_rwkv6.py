@@ -139,6 +139,14 @@ def test_bf16_follows_fp32():
     assert relative_error(rough(ids)[0], exact(ids)[0]) < 3e-2
 
 
+def test_the_decay_is_fp32_under_bf16():
+    """bf16 has 8 bits: a channel that should remember for thousands of tokens would forget at another rate."""
+    att = model_from_state(TINY, lively_model().state_dict(), "base", dtype=torch.bfloat16).blocks[0].att
+    w = att._decay(torch.randn(1, 5, 64).bfloat16())
+    assert w.dtype == torch.float32
+    assert not torch.equal(w, w.bfloat16().float())
+
+
 def test_init_follows_rwkv_lm():
     """Spot values of RWKV-LM's rules, worked out by hand."""
     model = model_from_scratch(with_shape(n_layer=3, n_embd=64, head_size=32), seed=1)

@@ -106,7 +106,12 @@ def test_save_and_load_round_trip(method, options, tmp_path):
     first, second = make(), make()
     for name in peft_layers(first)["0"].adapter_names:
         nn.init.normal_(getattr(peft_layers(first)["0"], name))
-    info = AdapterInfo(method=method, options=options, targets=["0"], fingerprint={"shapes": "x", "samples": [1.0]})
+    info = AdapterInfo(
+        method=method,
+        options=options,
+        targets=["0"],
+        fingerprint={"shapes": "x", "dtypes": ["float32"], "samples": [[1.0]]},
+    )
     save_adapter(tmp_path / "a.safetensors", trained_state(first), info)
     tensors, read = read_adapter(tmp_path / "a.safetensors")
     assert read == info

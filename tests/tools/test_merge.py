@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from rwkv_peft.assembly import load_with_adapter
 from rwkv_peft.checkpoint import fingerprint, load_base, save_base
@@ -125,6 +127,13 @@ def test_merging_mistakes_are_one_clear_line(tmp_path):
         merge(other, adapter, tmp_path / "m.pth")
     with pytest.raises(UserError, match="would overwrite the base model"):
         merge(base, adapter, base)
+    with pytest.raises(UserError, match="would overwrite the adapter"):
+        merge(base, adapter, adapter)
+    merge(base, adapter, tmp_path / "once.pth")
+    with pytest.raises(UserError, match="was trained on another base"):
+        merge(tmp_path / "once.pth", adapter, tmp_path / "twice.pth")
+    with pytest.raises(UserError, match="cannot be written"):
+        merge(base, adapter, base / "under_a_file.pth")
     adapter.write_bytes(adapter.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"a.safetensors: not a readable .safetensors"):
         merge(base, adapter, tmp_path / "m.pth")
@@ -160,3 +169,48 @@ def test_merging_twice_gives_the_same_bytes_of_weights(tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert relative_error(one["blocks.0.att.key.weight"], load_base(base)["blocks.0.att.key.weight"]) > 1e-3
     save_base(one, tmp_path / "copy.pth")  # a merged file is an ordinary base
+
+
+def test_a_base_of_mixed_dtypes_keeps_its_precision(tmp_path):
+    """A bf16 embedding must not drag fp32 matrices down before the sum."""
+    state = load_base(write_base(tmp_path / "fp32.pth", TINY))
+    save_base(state | {"emb.weight": state["emb.weight"].bfloat16()}, tmp_path / "base.pth")
+    adapter = write_adapter(tmp_path / "a.safetensors", tmp_path / "base.pth", 1e-3)
+    report = merge(tmp_path / "base.pth", adapter, tmp_path / "m.pth")
+    merged = load_base(tmp_path / "m.pth")
+    weight = state["blocks.0.att.key.weight"]
+    assert relative_error(merged["blocks.0.att.key.weight"], weight) < 10 * report.relative_size
+    assert report.realised == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"method": "5"},
+        {"method": '"nonsense"'},
+        {"options": "null"},
+        {"options": '{"zz": 1}'},
+        {"targets": "[1]"},
+        {"targets": '["blocks.9.att.key"]'},
+        {"fingerprint": "{}"},
+        {"tokenizer": "3"},
+        {"targets": "not json"},
+        {"format_version": "2"},
+        {"method": None},
+    ],
+)
+def test_a_damaged_description_names_the_file(change, tmp_path):
+    base = write_base(tmp_path / "base.pth", TINY)
+    path = write_adapter(tmp_path / "a.safetensors", base, 1e-2)
+    with safe_open(path, framework="pt") as handle:
+        metadata = handle.metadata() | change
+    tensors = load_file(path)
+    save_file(tensors, path, metadata={key: value for key, value in metadata.items() if value is not None})
+    with pytest.raises(UserError, match=r"a\.safetensors: "):
+        merge(base, path, tmp_path / "m.pth")
+
+
+def test_an_adapter_that_is_not_finite_is_refused(tmp_path):
+    base = write_base(tmp_path / "base.pth", TINY)
+    with pytest.raises(UserError, match="not finite"):
+        merge(base, write_adapter(tmp_path / "a.safetensors", base, float("nan")), tmp_path / "m.pth")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -95,11 +97,12 @@ def test_runs_repeat_and_checkpointing_changes_nothing(inputs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2"])
-def test_deepspeed_equals_plain_training(strategy, inputs, tmp_path):
+@pytest.mark.parametrize(("strategy", "precision"), [("deepspeed_stage_1", "bf16"), ("deepspeed_stage_2", "fp32")])
+def test_deepspeed_equals_plain_training(strategy, precision, inputs, tmp_path):
     """Losses and gradient norms, under accumulation, where the loss must be divided once only."""
-    plain = train_in_a_process(tmp_path / "a", inputs, "--accumulate_grad_batches", "2")
-    deep = train_in_a_process(tmp_path / "b", inputs, "--accumulate_grad_batches", "2", "--strategy", strategy)
+    more = ["--accumulate_grad_batches", "2", "--precision", precision]
+    plain = train_in_a_process(tmp_path / "a", inputs, *more)
+    deep = train_in_a_process(tmp_path / "b", inputs, *more, "--strategy", strategy)
     assert len(plain) == len(deep) == 3
     for a, b in zip(plain, deep, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
@@ -193,6 +196,58 @@ def test_token_beyond_the_vocabulary_is_refused_before_training(inputs, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("part", ["key", "*", "weight"])
+def test_a_part_under_an_adapter_cannot_train_beside_it(part, inputs, tmp_path):
+    with pytest.raises(UserError, match=r"--train_parts: names blocks.0.*, which carries an adapter"):
+        train(tmp_path / "run", inputs, *BONE, "--train_parts", part)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(inputs, tmp_path):
+    with pytest.raises(UserError, match=r"training step \d+: loss .*not finite"):
+        train(tmp_path / "run", inputs, "--lr_init", "1e30", "--lr_final", "1e30", "--grad_clip", "0")
+    assert not list((tmp_path / "run").glob("rwkv-*"))
+
+
+def test_proj_dir_that_cannot_be(inputs, tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"--proj_dir: .*a file, expected a folder"):
+            train(folder, inputs, *BONE)
+
+
+def test_going_on_keeps_the_metrics_of_before(inputs, tmp_path, capsys):
+    train(tmp_path / "run", inputs, *BONE)
+    assert len(train(tmp_path / "run", inputs, *BONE, "--epoch_begin", "1")) == 12
+    assert "holds an earlier run" not in capsys.readouterr().out
+    assert len(train(tmp_path / "run", inputs, *BONE)) == 6
+    assert "holds an earlier run" in capsys.readouterr().out
+
+
+def test_every_wkv_backend_trains_the_same(inputs, tmp_path):
+    losses = [
+        [row["loss"] for row in train(tmp_path / name, inputs, *BONE, "--wkv", name)]
+        for name in ("native", "torch", "reference")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("signal_", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_run_saves_and_says_so(signal_, code, inputs, tmp_path):
+    flags = "--ctx_len 48 --epoch_steps 100000 --lr_init 1e-3".split()
+    command = [sys.executable, "train.py", *inputs, *flags, *BONE, "--proj_dir", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.1)
+    process.send_signal(signal_)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert "stopped by a signal after step" in output
+    assert read_adapter(tmp_path / "run" / "rwkv-stopped.safetensors")
+
+
 def test_warm_start_from_an_adapter_of_rwkv_peft(inputs, tmp_path):
     """Its `.pth` holds bare `.bone` tensors."""
     train(tmp_path / "run", inputs, *BONE)
@@ -244,6 +299,7 @@ def test_bf16_stays_close_to_fp32(inputs, tmp_path):
     [
         (["--accelerator", "gpu"], "--accelerator: bad value; found no CUDA device"),
         (["--precision", "fp16", "--accelerator", "cpu"], "--precision: bad value; found fp16 on a CPU"),
+        (["--devices", "0"], "--devices: bad value; found 0"),
         (["--wandb", "project"], "--wandb: the package wandb is not installed"),
     ],
 )

@@ -6,6 +6,7 @@ import pytest
 
 from rwkv_peft.config import OptimConfig
 from rwkv_peft.peft.inject import mark_trainable
+from rwkv_peft.training.callbacks import Progress, StepMetrics
 from rwkv_peft.training.optim import build_optimizer, parameter_groups
 from rwkv_peft.training.schedule import learning_rate
 from tests.helpers import lively_model
@@ -55,3 +56,14 @@ def test_frozen_parameters_have_no_optimizer_state():
     trained = mark_trainable(model, "none", ["ln"])
     optimizer = build_optimizer(model, OptimConfig())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)
+
+
+@pytest.mark.parametrize("width", [None, 200, 80])
+def test_the_progress_line_keeps_what_matters_in_a_narrow_terminal(width):
+    progress = Progress(total_steps=100)
+    progress.average = 2.2
+    step = StepMetrics(step=37, loss=2.113, lr=2e-5, tokens=2048, tokens_per_s=812.4, grad_norm=0.41, time=148.0)
+    line = progress.line(step, width)
+    assert all(word in line for word in ("37%", "step 37/100", "loss 2.113", "lr 2.0e-05", "812 tok/s", "left 0:04:12"))
+    assert ("gnorm 0.41" in line) == (width != 80)
+    assert width is None or len(line) < width

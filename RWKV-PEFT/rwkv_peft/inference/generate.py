@@ -49,5 +49,5 @@ def sample_token(logits: Tensor, temperature: float, top_p: float, generator: to
     probabilities = torch.softmax(logits / temperature, dim=-1)
     ordered, ids = probabilities.sort(descending=True)
     # A token stays while the ones before it have not reached top_p; the first always stays.
-    ordered[(ordered.cumsum(0) - ordered) >= top_p] = 0.0
+    ordered[1:][(ordered.cumsum(0) - ordered)[1:] >= top_p] = 0.0
     return int(ids[torch.multinomial(ordered, 1, generator=generator)])

@@ -56,8 +56,9 @@ def merge(
     Raises:
         CheckpointError: see assembly.load_with_adapter; or the output would overwrite the base.
     """
-    if Path(output).resolve() == Path(base_model).resolve():
-        raise CheckpointError(str(output), "would overwrite the base model", hint="Choose another --output.")
+    for source, name in ((base_model, "base model"), (adapter, "adapter")):
+        if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
+            raise CheckpointError(str(output), f"would overwrite the {name}", hint="Choose another --output.")
     loaded = load_with_adapter(base_model, adapter)
     merged, sums = _merge_layers(loaded, dtype)
     save_base(merged, output)
@@ -96,6 +97,7 @@ def _merge_layers(loaded: Loaded, dtype: torch.dtype | None) -> tuple[dict[str, 
         if layer is None:
             merged[key] = loaded.trained.get(key, tensor).to(stored_dtype)
             continue
+        layer.weight.data = tensor  # as the file has it: the model may hold it in a narrower dtype
         full = layer.merged_weight()
         merged[key] = full.to(stored_dtype)
         sums.add(tensor, full, merged[key])

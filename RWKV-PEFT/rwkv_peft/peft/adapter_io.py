@@ -56,19 +56,34 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterInfo]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(str(path), "no such adapter file")
+        raise CheckpointError(str(path), "is a folder" if path.is_dir() else "no such adapter file")
     try:
         with safe_open(path, framework="pt") as handle:
             metadata = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(str(path), f"not a readable .safetensors ({error})") from error
-    version = json.loads(metadata.get("format_version", "0"))
+    return tensors, _parse_info(metadata, str(path))
+
+
+def _parse_info(metadata: Mapping[str, str], path: str) -> AdapterInfo:
+    """The description out of a file's metadata, every part of the right kind."""
+    try:
+        values = {key: json.loads(value) for key, value in metadata.items()}
+    except json.JSONDecodeError as error:
+        raise CheckpointError(path, "its description is not JSON; not an adapter of this program") from error
+    version = values.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(
-            str(path), "not an adapter of this program", found=f"format {version}", expected=f"format {FORMAT_VERSION}"
-        )
-    return tensors, AdapterInfo(**{key: json.loads(value) for key, value in metadata.items()})
+        expected = f"format {FORMAT_VERSION}"
+        raise CheckpointError(path, "not an adapter of this program", found=f"format {version!r}", expected=expected)
+    kinds = {"method": str, "options": dict, "targets": list, "fingerprint": dict, "tokenizer": dict | None}
+    for key, kind in kinds.items():
+        if key not in values or not isinstance(values[key], kind):
+            raise CheckpointError(path, f"damaged description: {key} is {values.get(key)!r}")
+    named = all(isinstance(name, str) for name in values["targets"])
+    if not named or set(values["fingerprint"]) != {"shapes", "dtypes", "samples"}:
+        raise CheckpointError(path, "damaged description: targets or fingerprint")
+    return AdapterInfo(**{key: values[key] for key in (*kinds, "format_version")})
 
 
 def check_same_base(info: AdapterInfo, fingerprint: Mapping[str, Any], adapter: str | Path, base: str | Path) -> None:
@@ -87,7 +102,10 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Pa
     """
     parameters = dict(model.named_parameters())
     expected = {name: p.shape for name, p in parameters.items() if p.requires_grad}
-    check_keys(expected, tensors, path, what="adapter")
+    check_keys(expected, tensors, path, what="adapter and its --train_parts")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(str(path), f"{name} has values that are not finite", hint="Take an earlier adapter.")
     for name, tensor in tensors.items():
         parameters[name].data.copy_(tensor)
 

@@ -81,7 +81,12 @@ def mark_trainable(
     adapters = adapter_parameters(model)
     base = [name for name, _ in model.named_parameters() if name not in adapters]
     full = method == "none" and not train_parts
-    trained = adapters | (set(base) if full else _parts(train_parts, base))
+    parts = set(base) if full else _parts(train_parts, base)
+    carrying = sorted(parts & {f"{name}.weight" for name in peft_layers(model)})
+    if carrying:
+        what = f"names {carrying[0]}, which carries an adapter and stays frozen"
+        raise ConfigError("train_parts", what=what, hint="Name other parts, or use --peft none.")
+    trained = adapters | parts
     train_only(model, trained, dtype)
     return [name for name, _ in model.named_parameters() if name in trained]
 

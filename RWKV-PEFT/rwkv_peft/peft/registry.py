@@ -43,7 +43,7 @@ def method_config(method: str, options: Mapping[str, Any]) -> Any:
     rename = getattr(config_class, "older_spellings", dict)
     known = {spec.name: spec for spec in fields(config_class)}
     values: dict[str, Any] = {}
-    for key, value in _strip_prefix(method, rename(options)).items():
+    for key, value in _strip_prefix(flag, method, rename(options)).items():
         if key not in known:
             expected = ", ".join(known) or "no options"
             raise ConfigError(flag, key, what="unknown key", expected=expected, hint=nearest(key, known))
@@ -55,8 +55,11 @@ def method_config(method: str, options: Mapping[str, Any]) -> Any:
     return config_class(**values)
 
 
-def _strip_prefix(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.removeprefix(f"{method}_"): value for key, value in options.items()}
+def _strip_prefix(flag: str, method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key.removeprefix(f"{method}_"): value for key, value in options.items()}
+    if len(plain) < len(options):
+        raise ConfigError(flag, what="says one thing twice", found=", ".join(options))
+    return plain
 
 
 def _entry(method: str) -> tuple[type, type[PeftLinear] | None]:

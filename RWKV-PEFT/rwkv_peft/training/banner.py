@@ -13,6 +13,7 @@ from rwkv_peft.data.binidx import BinidxMeta
 from rwkv_peft.data.sampling import DataPlan
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.ops.wkv6 import Choice
+from rwkv_peft.peft.inject import adapter_parameters
 from rwkv_peft.training.strategy import activation_dtype, device_type, devices_per_node
 
 
@@ -42,11 +43,12 @@ def millions(count: int) -> str:
 def banner(config: RunConfig, model: RWKV6, plan: DataPlan | None, meta: BinidxMeta | None) -> str:
     """Model, what trains, data, steps, where it goes; `plan` is None without data."""
     shape = config.model
-    frozen_and_base = sum(p.numel() for p in model.parameters())
+    adapters = adapter_parameters(model)
+    base = sum(p.numel() for name, p in model.named_parameters() if name not in adapters)
     lines = [
         f"model   {config.train.load_model or 'from scratch'}: {shape.n_layer} layers x {shape.n_embd}, "
         f"{shape.n_head} heads x {shape.head_size}, ffn {shape.dim_ffn}, vocabulary {shape.vocab_size}, "
-        f"{millions(frozen_and_base)} parameters",
+        f"{millions(base)} parameters",
         trained_table(model),
     ]
     if plan is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rwkv_peft.errors import UserError
 from rwkv_peft.training.module import TrainingModule
 
 SMOOTHING = 0.95
@@ -44,7 +47,7 @@ class StepRecorder(pl.Callback):
     """Gathers what each optimizer step did, over accumulated batches and devices, and hands it on.
 
     Args:
-        consumers: called on the main process with every StepMetrics.
+        consumers: called with every StepMetrics; only the main process has any.
     """
 
     def __init__(self, consumers: list[Callable[[StepMetrics], None]]) -> None:
@@ -69,23 +72,29 @@ class StepRecorder(pl.Callback):
         metrics = StepMetrics(
             step=self.step,
             loss=float(loss),
-            lr=trainer.optimizers[0].param_groups[0]["lr"],
+            lr=module.rate,
             tokens=tokens,
             tokens_per_s=round(tokens / (now - self.last), 1),
             grad_norm=float(module.grad_norm),
             time=round(now - self.began, 3),
         )
         self.losses, self.tokens, self.last = [], 0, now
-        if trainer.is_global_zero:
-            for consume in self.consumers:
-                consume(metrics)
+        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+            raise UserError(
+                f"training step {self.step}",
+                f"loss {metrics.loss}, gradient norm {metrics.grad_norm}: not finite",
+                hint="Nothing of this epoch was saved. A lower --lr_init, or --precision fp32, may help.",
+            )
+        for consume in self.consumers:
+            consume(metrics)
 
 
 class MetricsFile:
-    """Appends every step to a JSON-lines file."""
+    """Writes every step to a JSON-lines file; `go_on` keeps what is in it."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("w", encoding="utf-8", buffering=1)  # a line reaches the disk as it is written
+    def __init__(self, path: Path, *, go_on: bool = False) -> None:
+        mode = "a" if go_on else "w"
+        self.file = path.open(mode, encoding="utf-8", buffering=1)  # a line reaches the disk as it is written
 
     def __call__(self, metrics: StepMetrics) -> None:
         self.file.write(json.dumps(asdict(metrics)) + "\n")
@@ -98,33 +107,32 @@ class Progress:
         self.total_steps = total_steps
         self.average: float | None = None
         self.last_line = float("-inf")
+        self.width = shutil.get_terminal_size().columns
         self.bar = tqdm(
-            total=total_steps,
-            disable=not sys.stderr.isatty(),
-            bar_format="train {percentage:3.0f}% |{bar:20}| {postfix}",
-            leave=True,
+            total=total_steps, disable=not sys.stderr.isatty(), bar_format="{desc}  {bar}", ncols=self.width, leave=True
         )
 
     def __call__(self, metrics: StepMetrics) -> None:
         previous = metrics.loss if self.average is None else self.average
         self.average = SMOOTHING * previous + (1 - SMOOTHING) * metrics.loss
-        line = self._line(metrics)
+        last = metrics.step == self.total_steps
         if not self.bar.disable:
-            self.bar.set_postfix_str(line, refresh=False)
+            self.bar.set_description_str(self.line(metrics, self.width), refresh=False)
             self.bar.update()
-            if metrics.step == self.total_steps:
+            if last:
                 self.bar.close()
-        elif metrics.time - self.last_line >= PLAIN_LINE_SECONDS or metrics.step == self.total_steps:
+        elif metrics.time - self.last_line >= PLAIN_LINE_SECONDS or last:
             self.last_line = metrics.time
-            sys.stderr.write(f"train {100 * metrics.step // self.total_steps:3d}%  {line}\n")
+            sys.stderr.write(self.line(metrics) + "\n")
 
-    def _line(self, metrics: StepMetrics) -> str:
-        left = metrics.time / metrics.step * (self.total_steps - metrics.step)
-        clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}"
-        return (
-            f"step {metrics.step}/{self.total_steps}  loss {metrics.loss:.3f} (avg {self.average:.3f})  "
-            f"lr {metrics.lr:.1e}  gnorm {metrics.grad_norm:.2f}  {metrics.tokens_per_s:.0f} tok/s  left {clock}"
-        )
+    def line(self, metrics: StepMetrics, width: int | None = None) -> str:
+        """One step in words; in a narrow terminal without the average and the gradient norm."""
+        left = int(metrics.time / metrics.step * (self.total_steps - metrics.step))
+        head = f"train {100 * metrics.step // self.total_steps:3d}%  step {metrics.step}/{self.total_steps}"
+        tail = f"{metrics.tokens_per_s:.0f} tok/s  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        loss, rate = f"loss {metrics.loss:.3f}", f"lr {metrics.lr:.1e}"
+        full = f"{head}  {loss} (avg {self.average:.3f})  {rate}  gnorm {metrics.grad_norm:.2f}  {tail}"
+        return full if width is None or len(full) < width else f"{head}  {loss}  {rate}  {tail}"
 
 
 class SaveEveryEpoch(pl.Callback):

@@ -26,6 +26,8 @@ class TrainingModule(pl.LightningModule):
     def __init__(self, model: RWKV6, optim: OptimConfig, total_steps: int) -> None:
         super().__init__()
         self.model, self.optim, self.total_steps = model, optim, total_steps
+        self.rate = 0.0
+        """Learning rate of this step, before the groups' multipliers."""
         self.grad_norm: float | None = None
         """Global gradient norm of the last step, before clipping."""
 
@@ -37,9 +39,9 @@ class TrainingModule(pl.LightningModule):
         return build_optimizer(self.model, self.optim)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        rate = learning_rate(self.trainer.global_step, self.total_steps, self.optim)
+        self.rate = learning_rate(self.trainer.global_step, self.total_steps, self.optim)
         for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = rate * group["lr_scale"]
+            group["lr"] = self.rate * group["lr_scale"]
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):

@@ -14,12 +14,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
+from torch import Tensor
 
 from rwkv_peft.assembly import add_adapter, warm_start
 from rwkv_peft.checkpoint import fingerprint, load_base, save_base
 from rwkv_peft.config import RunConfig
 from rwkv_peft.config_file import write_yaml
 from rwkv_peft.data.datamodule import BinidxDataModule
+from rwkv_peft.errors import ConfigError
 from rwkv_peft.model.init import model_from_scratch, model_from_state, model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.ops.wkv6 import active_backend
@@ -33,7 +35,6 @@ from rwkv_peft.training.strategy import (
     build_strategy,
     device_type,
     devices_per_node,
-    lightning_precision,
 )
 
 
@@ -48,6 +49,8 @@ class Prepared:
     """Of the base."""
     tokenizer: Mapping[str, str] | None
     """Identity that the data must have: the warm-start adapter's, where it knows."""
+    new_base: Mapping[str, Tensor] | None
+    """The base, where it was made here: an adapter is worth nothing without it."""
 
 
 def run(config: RunConfig) -> None:
@@ -62,7 +65,8 @@ def run(config: RunConfig) -> None:
     if config.train.dry_run:
         _dry_run(config)
         return
-    config = replace(config, data=replace(config.data, random_seed=_seed(config.data.random_seed)))
+    check_folder(Path(config.train.proj_dir))
+    config = replace(config, data=replace(config.data, random_seed=_seed(config)))
     prepared = prepare(config)
     data = BinidxDataModule(config.data, config.model.vocab_size, prepared.tokenizer)
     data.setup()
@@ -81,13 +85,11 @@ def prepare(config: RunConfig) -> Prepared:
     else:
         model = model_from_scratch(config.model, config.data.random_seed, **options)
         base = model.state_dict()
-        if peft.peft != "none":  # an adapter is worth nothing without its base
-            path = str(Path(config.train.proj_dir) / "rwkv-init.pth")
-            rank_zero_only(save_base)(base, path)
     print_of_base = fingerprint(base)
     targets = add_adapter(model, peft)
     start = warm_start(model, peft, print_of_base, path) if peft.peft_config.get("load") else None
-    return Prepared(model, targets, print_of_base, start.tokenizer if start else None)
+    new_base = base if targets and not path else None
+    return Prepared(model, targets, print_of_base, start.tokenizer if start else None, new_base)
 
 
 def _dry_run(config: RunConfig) -> None:
@@ -112,8 +114,7 @@ def _fit(config: RunConfig, prepared: Prepared, data: BinidxDataModule) -> None:
         accelerator="gpu" if device_type(train) == "cuda" else "cpu",
         devices=devices_per_node(train),
         num_nodes=train.num_nodes,
-        strategy=build_strategy(train),
-        precision=lightning_precision(prepared.model.dtype),
+        **build_strategy(train),
         max_epochs=config.data.epoch_count,
         accumulate_grad_batches=optim.accumulate_grad_batches,
         gradient_clip_val=optim.grad_clip or None,
@@ -125,21 +126,59 @@ def _fit(config: RunConfig, prepared: Prepared, data: BinidxDataModule) -> None:
     )
     consumers = []
     if trainer.is_global_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(config, folder / "config.yaml")
-        consumers = [MetricsFile(folder / "metrics.jsonl"), Progress(total_steps)]
-        consumers += [wandb_logger(train.wandb, config)] if train.wandb else []
+        consumers = [wandb_logger(train.wandb, config)] if train.wandb else []
+        _open_folder(folder, config, prepared)
+        consumers += [MetricsFile(folder / "metrics.jsonl", go_on=config.data.epoch_begin > 0), Progress(total_steps)]
     tokenizer = data.reader.meta.tokenizer if data.reader.meta else prepared.tokenizer
 
-    def save(epoch: int) -> None:
+    def save(epoch: int | str) -> None:
         _say(f"saved {save_trained(folder, epoch, config, prepared, tokenizer)}")
 
     trainer.callbacks += [StepRecorder(consumers), SaveEveryEpoch(save, config.data.epoch_begin, train.epoch_save)]
-    trainer.fit(TrainingModule(prepared.model, optim, total_steps), datamodule=data)
+    module = TrainingModule(prepared.model, optim, total_steps)
+    code = _fit_or_be_stopped(trainer, module, data)
+    if code:
+        if trainer.is_global_zero and trainer.global_step:
+            save("stopped")
+        _say(f"stopped by a signal after step {trainer.global_step} of {total_steps}")
+        raise SystemExit(code)
+
+
+def _fit_or_be_stopped(trainer: pl.Trainer, module: TrainingModule, data: BinidxDataModule) -> int:
+    """Train; 0 when done, 130 after Ctrl-C, 143 after SIGTERM, the shell's codes for both."""
+    stopped = False
+    try:
+        trainer.fit(module, datamodule=data)
+    except SystemExit:  # how Lightning ends a run on either
+        stopped = True
+    if trainer.received_sigterm:
+        return 143
+    return 130 if stopped else 0
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError where `--proj_dir` cannot be made or written to; makes nothing."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        found = f"{existing}, {'not writable' if existing.is_dir() else 'a file'}"
+        raise ConfigError("proj_dir", found=found, expected="a folder to write to")
+
+
+def _open_folder(folder: Path, config: RunConfig, prepared: Prepared) -> None:
+    """Make the run's folder, with its config, and the base where that was made here."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / "metrics.jsonl").exists() and not config.data.epoch_begin:
+            _say(f"note: {folder} holds an earlier run; its metrics and epochs of the same number are replaced")
+        write_yaml(config, folder / "config.yaml")
+    except OSError as error:
+        raise ConfigError("proj_dir", what=f"cannot be written: {error}") from error
+    if prepared.new_base is not None:
+        save_base(prepared.new_base, folder / "rwkv-init.pth")
 
 
 def save_trained(
-    folder: Path, epoch: int, config: RunConfig, prepared: Prepared, tokenizer: Mapping[str, str] | None
+    folder: Path, epoch: int | str, config: RunConfig, prepared: Prepared, tokenizer: Mapping[str, str] | None
 ) -> Path:
     """Write what an epoch trained: an adapter file, or the whole model where there is no adapter."""
     peft = config.peft
@@ -171,10 +210,18 @@ def _world_size(config: RunConfig) -> int:
     return devices_per_node(config.train) * config.train.num_nodes
 
 
-def _seed(asked: int) -> int:
-    """`--random_seed`, or one drawn; a run's other processes inherit it from the first in Lightning's variable."""
-    drawn = int(os.environ.get("PL_GLOBAL_SEED") or random.SystemRandom().randrange(2**31))
-    return pl.seed_everything(drawn if asked == -1 else asked, verbose=False)
+def _seed(config: RunConfig) -> int:
+    """`--random_seed`, or one drawn; a run's other processes inherit it from the first in Lightning's variable.
+
+    Raises:
+        ConfigError: -1 where another launcher starts the processes, each of which would draw its own.
+    """
+    seed, inherited = config.data.random_seed, os.environ.get("PL_GLOBAL_SEED")
+    if seed == -1 and inherited is None and (config.train.num_nodes > 1 or {"RANK", "SLURM_PROCID"} & set(os.environ)):
+        raise ConfigError("random_seed", found="-1 with several launched processes", expected="a number")
+    if seed == -1:
+        seed = int(inherited or random.SystemRandom().randrange(2**31))
+    return pl.seed_everything(seed, verbose=False)
 
 
 @rank_zero_only

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from pytorch_lightning.accelerators import CPUAccelerator
-from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
-from torch import Tensor
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision
+from pytorch_lightning.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device_type(train: TrainConfig) -> str:
@@ -38,14 +39,22 @@ def activation_dtype(train: TrainConfig) -> torch.dtype:
         return torch.bfloat16 if device == "cuda" and has_bf16 else torch.float32
     if train.precision == "fp16" and device == "cpu":
         raise ConfigError("precision", found="fp16 on a CPU", expected="fp32 or bf16")
+    if train.precision == "fp16":
+        hint = "Its loss scaling has not been tested on a GPU yet."
+        raise ConfigError("precision", found="fp16", expected="bf16 or fp32", hint=hint)
     if train.precision == "bf16" and not has_bf16:
-        raise ConfigError("precision", found="bf16 on a GPU without it", expected="fp16 or fp32")
+        raise ConfigError("precision", found="bf16 on a GPU without it", expected="fp32")
     return DTYPES[train.precision]
 
 
-def lightning_precision(dtype: torch.dtype) -> str:
-    """The model casts for itself; only fp16 needs Lightning, for its loss scaler."""
-    return "16-mixed" if dtype == torch.float16 else "32-true"
+class KeepDtypes(DeepSpeedPrecision):
+    """The model casts for itself: its frozen bf16 weights stay bf16, where Lightning would widen all to fp32."""
+
+    def __init__(self) -> None:
+        super().__init__("32-true")
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
 
 
 class DeepSpeed(DeepSpeedStrategy):
@@ -64,16 +73,19 @@ class DeepSpeed(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-def build_strategy(train: TrainConfig) -> Strategy | str:
-    """Lightning's strategy for `--strategy`."""
+def build_strategy(train: TrainConfig) -> dict[str, Any]:
+    """The trainer's arguments for `--strategy`."""
     if not train.strategy.startswith("deepspeed"):
-        return train.strategy
+        return {"strategy": train.strategy}
     stage = int(train.strategy.rsplit("_", 1)[1])
-    return DeepSpeed(stage=stage)
+    return {"strategy": DeepSpeed(stage=stage), "plugins": [KeepDtypes()]}
 
 
 def devices_per_node(train: TrainConfig) -> int:
     """Processes on this machine: `--devices`, where auto is every GPU, or one on a CPU."""
     if train.devices != "auto":
+        there = torch.cuda.device_count()
+        if device_type(train) == "cuda" and int(train.devices) > there:
+            raise ConfigError("devices", found=train.devices, expected=f"at most {there}, the GPUs of this machine")
         return int(train.devices)
     return torch.cuda.device_count() if device_type(train) == "cuda" else 1

@@ -1,0 +1,33 @@
+"""Sampling text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rwkv_peft.inference.generate import generate, sample_token
+from tests.helpers import TINY, lively_model
+
+
+def test_greedy_generation_is_what_full_passes_give():
+    """Each token is the likeliest after everything before it, computed without a carried state."""
+    model, ids = lively_model().eval(), [5, 7, 11]
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+    assert list(generate(model, ids[:3], max_tokens=6, temperature=0, stop=-1)) == ids[3:]
+    assert list(generate(model, ids[:3], max_tokens=6, temperature=0, stop=ids[5])) == ids[3:5]
+
+
+def test_generation_repeats_with_its_seed():
+    model = lively_model().eval()
+    runs = [list(generate(model, [1], max_tokens=20, top_p=1.0, seed=seed, stop=-1)) for seed in (3, 3, 4)]
+    assert runs[0] == runs[1] != runs[2]
+    assert all(0 <= token < TINY.vocab_size for token in runs[2])
+
+
+@pytest.mark.parametrize(("top_p", "allowed"), [(0.0, {2}), (0.5, {2}), (0.7, {2, 0}), (1.0, {0, 1, 2})])
+def test_top_p_keeps_the_likeliest(top_p, allowed):
+    logits = torch.tensor([0.3, 0.1, 0.6]).log()
+    generator = torch.Generator().manual_seed(0)
+    assert {sample_token(logits, 1.0, top_p, generator) for _ in range(200)} == allowed
