@@ -19,7 +19,7 @@ from rwkv_peft.errors import ConfigError, nearest
 def read_yaml(path: Path) -> dict[str, Any]:
     """Settings of a `config.yaml`: sections as in RunConfig, each a mapping of fields."""
     if not path.is_file():
-        raise ConfigError("config", what=f"no such file {path}")
+        raise ConfigError("config", what=f"{'a folder' if path.is_dir() else 'no such file'} {path}")
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -25,6 +25,12 @@ def test_documents_come_back_as_text(tmp_path, spec):
     assert reader.meta.tokenizer_spec == spec
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD)
+    convert([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), load_tokenizer("bytes"))
+    assert len(BinidxReader(tmp_path / "out").tokens) == len("fine") + 1
+
+
 def test_several_inputs_another_key_and_blank_lines(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"body": "ab", "text": 1}\r\n\r\n')
     (tmp_path / "b.jsonl").write_bytes(b'\n{"body": "c"}')

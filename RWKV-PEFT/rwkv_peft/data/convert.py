@@ -7,6 +7,7 @@ The first bad line stops the run, and nothing is written.
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -70,7 +71,8 @@ def convert(inputs: Sequence[str], output_prefix: str, tokenizer: Tokenizer, tex
 
 def _file_size(path: str) -> int:
     if not Path(path).is_file():
-        raise DataError(path, "no such file", expected="a file of JSON lines")
+        what = "is a folder" if Path(path).is_dir() else "no such file"
+        raise DataError(path, what, expected="a file of JSON lines")
     return Path(path).stat().st_size
 
 
@@ -90,7 +92,8 @@ def _read_texts(inputs: Sequence[str], size: int, text_key: str) -> Iterator[str
 def parse_text(line: bytes, where: str, text_key: str) -> str:
     """The text in one line of JSON; anything but an object with some text in it is a DataError at `where`."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        # Windows editors begin a file with a byte order mark.
+        record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
         found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
         raise DataError(where, "not UTF-8", found=found, hint="Convert the file with: iconv -t utf-8") from error
