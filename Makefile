@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint cuda-check clean
+.PHONY: demo test lint bench cuda-check clean
 
 demo: .venv/.runtime
 	$(BIN)/python demo/run.py
@@ -13,6 +13,9 @@ test: .venv/.dev
 lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: .venv/.runtime
+	$(BIN)/python tools/bench_ops.py
 
 # Compiles every .cu where nvcc is present; says so where it is not.
 cuda-check: .venv/.runtime

@@ -1,0 +1,137 @@
+"""Time operators against their alternatives, interleaved in one process: medians, spread, ratios. Not a test."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
+
+import torch
+from torch import Tensor, nn
+
+from rwkv_peft.config import ModelConfig
+from rwkv_peft.errors import exit_with_message
+from rwkv_peft.model.rwkv6 import Block
+from rwkv_peft.model.state import zero_state
+from rwkv_peft.ops.cross_entropy import linear_cross_entropy
+from rwkv_peft.ops.reference import masked_cross_entropy
+from rwkv_peft.ops.wkv6 import wkv6
+from rwkv_peft.peft.inject import inject, mark_trainable
+from rwkv_peft.peft.registry import method_config
+
+SHAPES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.6B": (24, 2048), "3B": (32, 2560), "7B": (32, 4096)}
+METHODS = {
+    "LoRA r=32": ("lora", {"r": 32}),
+    "Bone row": ("bone", {"r": 64}),
+    "Bone row, stochastic": ("bone", {"r": 64, "rounding": "stochastic"}),
+    "Bone left": ("bone", {"r": 64, "mode": "left"}),
+    "Bone left, stochastic": ("bone", {"r": 64, "mode": "left", "rounding": "stochastic"}),
+    "Bone col": ("bone", {"r": 64, "mode": "col"}),
+}
+
+
+def interleaved(cases: Mapping[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
+    """Seconds of every run of every case, taken in turn, after one round of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for run in range(runs + 1):
+        for name, case in cases.items():
+            began = time.perf_counter()
+            case()
+            if run:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def block_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """Forward and backward of one block with an adapter on all eight linear layers."""
+    torch.manual_seed(0)
+    x = torch.randn(1, tokens, config.n_embd).to(dtype).requires_grad_()
+    grad, state = torch.randn_like(x), zero_state(config, 1, x.device, dtype)[0]
+
+    def case(method: str, options: dict) -> Callable[[], None]:
+        block = Block(config, layer=1)
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        block = block.to(dtype)
+        inject(block, method, method_config(method, options), targets=["att.*", "ffn.*"])
+        mark_trainable(block, method)
+        return lambda: _step(block(x, state)[0], grad, x, block)
+
+    return {name: case(*method) for name, method in METHODS.items()}
+
+
+def _step(y: Tensor, grad: Tensor, x: Tensor, block: nn.Module) -> None:
+    y.backward(grad)
+    x.grad = None
+    block.zero_grad()
+
+
+def wkv_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """Forward and backward of WKV6, by each backend."""
+    torch.manual_seed(0)
+    size = (1, tokens, config.n_head, config.head_size)
+    r, k, v = (torch.randn(size).to(dtype).requires_grad_() for _ in range(3))
+    w = (torch.randn(size) - 3).requires_grad_()
+    u = torch.randn(size[2:]).requires_grad_()
+
+    def case(backend: str) -> Callable[[], None]:
+        return lambda: wkv6(r, k, v, w, u, backend=backend)[0].sum().backward()
+
+    return {backend: case(backend) for backend in ("reference", "torch", "native")}
+
+
+def loss_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """Forward and backward of head and loss, fused and by the definition."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1, tokens, config.n_embd).to(dtype).requires_grad_()
+    weight = (torch.randn(config.vocab_size, config.n_embd) / config.n_embd**0.5).to(dtype)
+    targets, mask = torch.randint(config.vocab_size, (1, tokens)), torch.ones(1, tokens, dtype=torch.bool)
+    return {
+        "definition": lambda: masked_cross_entropy(hidden @ weight.T, targets, mask).backward(),
+        "fused": lambda: linear_cross_entropy(hidden, weight, targets, mask).backward(),
+    }
+
+
+SUITES = {"block": block_cases, "wkv6": wkv_cases, "loss": loss_cases}
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tools/bench_ops.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
+    parser.add_argument("--shape", choices=SHAPES, default="1.6B", help="Width of the block [1.6B].")
+    parser.add_argument("--tokens", type=int, default=512, help="Tokens of the one sequence [512].")
+    parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--runs", type=int, default=7, help="Counted runs of each case [7].")
+    parser.add_argument("--json", metavar="FILE", help="Write every single time there too.")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(argv)
+    n_layer, n_embd = SHAPES[args.shape]
+    config = ModelConfig(n_layer=n_layer, n_embd=n_embd).resolved()
+    results: dict[str, dict[str, list[float]]] = {}
+    for suite in args.suite:
+        for name in args.dtype:
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+            times = interleaved(SUITES[suite](config, args.tokens, dtype), args.runs)
+            results[f"{suite} {name}"] = times
+            base = statistics.median(next(iter(times.values())))
+            print(f"\n{suite}, {name}, width {n_embd}, {args.tokens} tokens, {torch.get_num_threads()} threads")
+            for case, seconds in times.items():
+                low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
+                print(
+                    f"  {case:<22} {middle * 1e3:8.1f} ms ({low * 1e3:.1f} to {high * 1e3:.1f})  x{base / middle:.3f}"
+                )
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
