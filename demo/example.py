@@ -49,7 +49,7 @@ def with_demo_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("dry_run") and not made:
         return {**SHAPE, **settings}
     if not made:
-        sys.stderr.write("      making them first (about three minutes on two cores)\n")
+        sys.stderr.write("      making them first (about two minutes on two cores)\n")
         make_inputs()
     return {**FINE_TUNE, **settings}
 
