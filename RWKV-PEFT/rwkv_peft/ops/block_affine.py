@@ -109,7 +109,7 @@ def _on_rows(form: type[torch.autograd.Function], x: Tensor, *arguments: Tensor 
 
 
 def _per_block(x: Tensor, bone: Tensor) -> Tensor:
-    """B_b x_b for every block, added up in place by the caller: (N, I) with (I/r, r, r) -> (N, I/r, r), a view."""
+    """B_b x_b for every block: (N, I) with (I/r, r, r) -> (N, I/r, r), a transposed view."""
     blocks = x.unflatten(-1, (-1, bone.shape[-1])).transpose(0, 1)  # (I/r, N, r)
     return torch.bmm(blocks, bone.mT).transpose(0, 1)
 

@@ -76,7 +76,7 @@ def mark_trainable(
     Returns:
         The names of the trained parameters.
     Raises:
-        ConfigError: a part that names no parameter.
+        ConfigError: a part that names no parameter, or the weight below an adapter.
     """
     adapters = adapter_parameters(model)
     base = [name for name, _ in model.named_parameters() if name not in adapters]
