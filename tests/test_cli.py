@@ -28,6 +28,9 @@ RWKV_PEFT_SCRIPT = """
 """RWKV-PEFT's own scripts/run_bone.sh, but for the shape."""
 
 
+BONE_32 = {"r": 32, "mode": "row", "rounding": "nearest", "impl": "fused", "cp": 0, "load": ""}
+
+
 def resolve(*argv: object) -> RunConfig:
     return cli.resolve(cli.parse_args([str(word) for word in argv]))
 
@@ -36,7 +39,7 @@ def test_a_script_of_rwkv_peft_carries_over(tmp_path, capsys):
     base = write_base(tmp_path / "base.pth")
     config = resolve(*RWKV_PEFT_SCRIPT.format(base=base).split())
     assert config.model == TINY
-    assert config.peft.peft_config == {"r": 32, "mode": "row", "rounding": "nearest", "load": ""}
+    assert config.peft.peft_config == BONE_32
     assert (config.data.ctx_len, config.data.dataload, config.data.epoch_steps) == (512, "pad", 100)
     assert (config.train.strategy, config.train.precision, config.train.grad_cp) == ("deepspeed_stage_1", "bf16", 1)
     assert capsys.readouterr().err == "note: no effect here, ignored: --head_qk --pre_ffn\n"
@@ -55,7 +58,7 @@ def test_spellings_of_bone_config(words):
     settings = cli.parse_args(
         ["--peft", "bone", "--n_layer", "1", "--n_embd", "64", "--dry_run", "--bone_config", *words]
     )
-    assert cli.resolve(settings).peft.peft_config == {"r": 32, "mode": "row", "rounding": "nearest", "load": ""}
+    assert cli.resolve(settings).peft.peft_config == BONE_32
 
 
 @pytest.mark.parametrize(
@@ -197,3 +200,16 @@ def test_errors_are_one_line_and_exit_code_2_unless_debug():
     loud = subprocess.run([*command, "--debug"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert loud.returncode != 0
     assert "Traceback" in loud.stderr
+
+
+def test_bone_checkpointing_has_flags_of_its_own(capsys, tmp_path):
+    bone = ["--peft", "bone", "--bone_config", '{"r":16}']
+    options = cli.parse_args([*bone, "--bone_impl", "materialized", "--bone_cp", "1"])["peft_config"]
+    assert options == {"r": 16, "impl": "materialized", "cp": 1}
+    assert capsys.readouterr().err == ""
+    cli.parse_args([*bone, "--bone_cp", "1"])
+    assert "--bone_cp has no effect: only --bone_impl materialized" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("peft:\n  peft: bone\n  peft_config: {r: 32, impl: materialized}\n")
+    assert cli.parse_args(["--config", str(tmp_path / "run.yaml"), "--bone_cp", "1"])["peft_config"]["r"] == 32
+    with pytest.raises(UserError, match="bone_cp: belongs to --peft bone; found --peft lora"):
+        cli.parse_args(["--peft", "lora", "--bone_cp", "1"])

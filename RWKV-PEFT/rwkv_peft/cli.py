@@ -26,6 +26,9 @@ from rwkv_peft.errors import ConfigError, UserError, nearest
 METHOD_FLAGS = {"bone_config": "bone", "lora_config": "lora"}
 """RWKV-PEFT's spelling of --peft_config, one flag a method."""
 
+OPTION_FLAGS = {"bone_impl": ("bone", "impl", str), "bone_cp": ("bone", "cp", int)}
+"""Flags that set one option of a method: method, option, kind."""
+
 ONE_VALUE_FLAGS = {"my_testing": "x060", "rwkv_version": "x060", "train_type": "none"}
 """Flags of RWKV-PEFT of which only this value exists here."""
 
@@ -70,7 +73,7 @@ def parse_args(argv: Sequence[str]) -> dict[str, Any]:
     settings = read_yaml(Path(flags.pop("config"))) if "config" in flags else {}
     if flags.get("peft", settings.get("peft")) != settings.get("peft"):
         settings.pop("peft_config", None)  # the options of another method
-    return settings | flags
+    return _set_single_options(settings | flags)
 
 
 def is_bare(settings: Mapping[str, Any]) -> bool:
@@ -154,6 +157,8 @@ def build_parser() -> argparse.ArgumentParser:
             _add_flag(group, spec, kinds[spec.name], helps[spec.name])
     for flag in METHOD_FLAGS:
         parser.add_argument(f"--{flag}", nargs="+", help=argparse.SUPPRESS)
+    for flag, (_, _, kind) in OPTION_FLAGS.items():
+        parser.add_argument(f"--{flag}", type=kind, help=argparse.SUPPRESS)
     for flag in ONE_VALUE_FLAGS:
         parser.add_argument(f"--{flag}", help=argparse.SUPPRESS)
     for flag in IGNORED_FLAGS:
@@ -245,6 +250,22 @@ def _choose_method_options(flags: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
+def _set_single_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """`--bone_cp 1` as the option "cp" of the method's options, where it wins over a file's."""
+    for flag, (method, option, _) in OPTION_FLAGS.items():
+        if flag not in settings:
+            continue
+        value, chosen = settings.pop(flag), settings.get("peft", "none")
+        if chosen != method:
+            raise ConfigError(flag, what=f"belongs to --peft {method}", found=f"--peft {chosen}")
+        settings["peft_config"] = {**settings.get("peft_config", {}), option: value}
+    if settings.get("peft") == "bone":
+        options = settings.get("peft_config", {})
+        if options.get("cp") and options.get("impl") != "materialized":
+            sys.stderr.write("note: --bone_cp has no effect: only --bone_impl materialized keeps what it would drop\n")
+    return settings
+
+
 def _refuse_unknown(words: Sequence[str]) -> None:
     if not words:
         return
@@ -252,7 +273,8 @@ def _refuse_unknown(words: Sequence[str]) -> None:
     if unknown is None:
         raise UserError("command line", f"{words[0]!r} belongs to no flag", hint="Values with spaces need quotes.")
     name = unknown[2:].split("=")[0]
-    known = [spec.name for owner in SECTIONS.values() for spec in fields(owner)] + list(METHOD_FLAGS) + ["config"]
+    known = [spec.name for owner in SECTIONS.values() for spec in fields(owner)]
+    known += [*METHOD_FLAGS, *OPTION_FLAGS, "config"]
     raise UserError(f"--{name}", "unknown flag", hint=nearest(name, known, "--") or "See python train.py --help.")
 
 

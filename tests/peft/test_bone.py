@@ -10,6 +10,7 @@ from rwkv_peft.assembly import add_adapter
 from rwkv_peft.config import ModelConfig, PeftConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.model.init import model_on_meta
+from rwkv_peft.ops import products
 from rwkv_peft.ops.block_affine import add_stochastically, block_affine_delta, bone_col, bone_left, bone_row
 from rwkv_peft.peft.bone import BoneLinear
 from rwkv_peft.peft.inject import inject
@@ -168,24 +169,68 @@ def test_stochastic_rounding_keeps_inf_and_nan():
     assert total[0, 2].isnan()
 
 
-@pytest.mark.parametrize("mode", ["row", "left"])
-@pytest.mark.parametrize("size", [1e-5, 2e-5, 1e-4, 1e-3, 1e-2])
-def test_stochastic_rounding_does_not_swallow_the_update(mode, size):
-    """The share of the true update that arrives in y, over many rows, against float64: within 5 % of all of it."""
+@pytest.fixture
+def half_products(monkeypatch):
+    """Products in bf16, as on a GPU or a CPU with AMX, whatever this machine prefers."""
+    monkeypatch.setattr(products, "_has_amx", lambda: True)
+
+
+@pytest.fixture
+def wide_products(monkeypatch):
+    """bf16 rows multiplied in fp32, whatever this machine prefers."""
+    monkeypatch.setattr(products, "_has_amx", lambda: False)
+
+
+def realised_share(layer, size, draws=8):
+    """The share of the true update that arrives in a bf16 y, over many rows, against float64.
+
+    `layer(x, weight, size)` gives y and the definition's dW.
+    """
     torch.manual_seed(0)
     weight = (torch.randn(256, 256) / 16).bfloat16()
     x = torch.randn(4096, 256).bfloat16()
-    bone = (size * torch.randn(8, 32, 32)).bfloat16()
-    update = x.double() @ block_affine_delta(weight.double(), bone.double(), mode).mT
     before = x.double() @ weight.double().mT
     shares = []
-    for _ in range(8):
-        moved = FORMS[mode](x, weight, bone, True).double() - before
-        shares.append(((moved * update).sum() / update.square().sum()).item())
-    assert sum(shares) / len(shares) == pytest.approx(1, abs=0.05)
+    for _ in range(draws):
+        y, delta = layer(x, weight, size)
+        update = x.double() @ delta.mT
+        shares.append((((y.double() - before) * update).sum() / update.square().sum()).item())
+    return sum(shares) / draws
 
 
-def test_rounding_is_stochastic_in_bf16_training_only():
+def bone_layer(mode, stochastic):
+    def layer(x, weight, size):
+        bone = size * torch.randn(8, 32, 32)
+        bone = bone.bfloat16().float()  # what products in bf16 would make of it
+        return FORMS[mode](x, weight, bone, stochastic), block_affine_delta(weight.double(), bone.double(), mode)
+
+    return layer
+
+
+SIZES = [1e-6, 1e-5, 2e-5, 1e-4, 1e-3, 1e-2]
+
+
+@pytest.mark.parametrize("mode", FORMS)
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_stochastic_rounding_does_not_swallow_the_update(half_products, mode, size):
+    assert realised_share(bone_layer(mode, True), size) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("mode", FORMS)
+@pytest.mark.parametrize("size", SIZES)
+def test_wide_products_do_not_swallow_the_update(wide_products, mode, size):
+    """Without any option: one rounding, of y. At 1e-6 it is a thousand times the update: more draws."""
+    draws, within = (48, 0.1) if size == 1e-6 else (8, 0.05)
+    assert realised_share(bone_layer(mode, False), size, draws) == pytest.approx(1, abs=within)
+
+
+def test_bf16_products_swallow_most_of_a_small_update(half_products):
+    """What the option and the wide products are for; were it not so, they would be a cost for nothing."""
+    assert realised_share(bone_layer("row", False), 2e-5) < 0.6
+    assert realised_share(bone_layer("col", False), 2e-5) < 0.95
+
+
+def test_rounding_is_stochastic_in_bf16_training_only(half_products):
     layer = BoneLinear(
         nn.Linear(64, 64, bias=False, dtype=torch.bfloat16), method_config("bone", {"r": 16, "rounding": "stochastic"})
     )
@@ -195,5 +240,82 @@ def test_rounding_is_stochastic_in_bf16_training_only():
     assert torch.equal(layer(x.float()), layer(x.float()))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
-    with pytest.raises(ConfigError, match="stochastic with mode col, expected row or left"):
-        method_config("bone", {"r": 16, "mode": "col", "rounding": "stochastic"})
+
+
+@pytest.mark.parametrize("mode", FORMS)
+@pytest.mark.parametrize("cp", [0, 1])
+def test_materialized_form_equals_the_fused_one(mode, cp):
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96, dtype=torch.float64)
+    layers = [
+        BoneLinear(linear, method_config("bone", {"r": 16, "mode": mode} | options), torch.float64)
+        for options in ({}, {"impl": "materialized", "cp": cp})
+    ]
+    x = torch.randn(3, 5, 64, dtype=torch.float64, requires_grad=True)
+    results = []
+    for layer in layers:
+        torch.manual_seed(1)
+        nn.init.normal_(layer.bone)
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), (x, layer.bone))))
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(("cp", "weights_kept"), [(0, 1), (1, 0)])
+def test_bone_checkpointing_keeps_no_materialized_weight(cp, weights_kept):
+    options = {"r": 16, "mode": "col", "impl": "materialized", "cp": cp}
+    layer = BoneLinear(nn.Linear(512, 512, bias=False), method_config("bone", options))
+    large = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (large.append(t.data_ptr()), t)[1], lambda t: t):
+        layer(torch.randn(4, 512, requires_grad=True))
+    built = {pointer for pointer in large if pointer != layer.weight.data_ptr()}
+    assert (len(built) > 2) == bool(weights_kept)
+
+
+@pytest.mark.parametrize("mode", FORMS)
+@pytest.mark.parametrize("r", [16, 128])
+@pytest.mark.parametrize("rows", [1, 17, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_and_block_sizes(mode, r, rows, dtype):
+    """Output and gradients, on strided input, against the definition in float64 on the same numbers."""
+    torch.manual_seed(0)
+    weight = (torch.randn(256, 384) / 20).to(dtype)
+    bone = (torch.randn((384 if mode == "row" else 256) // r, r, r) / 100).requires_grad_()
+    x = torch.randn(384, rows).to(dtype).T.requires_grad_()
+    grad = torch.randn(rows, 256).to(dtype)
+    y = FORMS[mode](x, weight, bone)
+    exact = [t.detach().double().requires_grad_() for t in (x, bone)]
+    reference = exact[0] @ (weight.double() + block_affine_delta(weight.double(), exact[1], mode)).mT
+    fast, slow = torch.autograd.grad(y, (x, bone), grad), torch.autograd.grad(reference, exact, grad.double())
+    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    for name, a, b in zip(("y", "x", "bone"), (y, *fast), (reference, *slow), strict=True):
+        assert a.dtype == (torch.float32 if name == "bone" else dtype)
+        assert relative_error(a, b) < limit, name
+    with torch.no_grad():
+        assert relative_error(FORMS[mode](x, weight, bone), reference) < limit
+
+
+@pytest.mark.parametrize("mode", FORMS)
+def test_autocast_and_accumulated_gradients(mode):
+    """An fp32 input meets a bf16 weight; gradients of two batches add up."""
+    torch.manual_seed(0)
+    layer = BoneLinear(nn.Linear(64, 96, bias=False, dtype=torch.bfloat16), method_config("bone", {"r": 16}))
+    nn.init.normal_(layer.bone, std=0.1)
+    batches = torch.randn(2, 70, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        for x in batches:
+            layer(x).sum().backward()
+    summed, layer.bone.grad = layer.bone.grad, None
+    layer(batches.flatten(0, 1)).sum().backward()
+    assert relative_error(summed, layer.bone.grad) < 1e-5
+
+
+@pytest.mark.parametrize("mode", FORMS)
+def test_compiles_whole(mode):
+    """torch.compile takes a layer without a break in the graph, and agrees."""
+    layer = BoneLinear(nn.Linear(64, 96, bias=False), method_config("bone", {"r": 16, "mode": mode}))
+    nn.init.normal_(layer.bone, std=0.1)
+    x = torch.randn(70, 64, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for a, b in zip(*(torch.autograd.grad(f(x).sin().sum(), (x, layer.bone)) for f in (compiled, layer)), strict=True):
+        assert relative_error(a, b) < 1e-6

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.model.state import LayerState, ModelState, zero_state
+from rwkv_peft.ops.products import linear
 from rwkv_peft.ops.wkv6 import wkv6
 
 LN_X_EPS = 64e-5
@@ -29,7 +30,7 @@ class Linear(nn.Linear):
         """Weights are loaded, or initialised by init.py: nothing to do here."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class LayerNorm(nn.LayerNorm):

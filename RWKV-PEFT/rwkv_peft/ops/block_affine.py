@@ -7,8 +7,9 @@ W is (O, I), cut into r x r blocks W_ab (a: output block, b: input block). Three
     left  bone (O/r, r, r)   dW_ab = B_a^T W_ab + B_a^T    eq. 8-10 read literally in Y = X (W + dW)
 
 `block_affine_delta` is the definition. The functions below it never hold a weight-sized tensor for backward.
-A number on the bf16 grid plus less than half a step is itself, and updates of early training are that small: row and
-left can round stochastically where the update joins x or y, so that all of it arrives in the mean.
+A number on the bf16 grid plus less than half a step is itself, and updates of early training are that small. Where
+products are in fp32 (ops/products.py) nothing is rounded before y, once. Where they are in bf16, what the update joins
+(x for row, y for left, W for col) can be rounded stochastically, so that all of it arrives in the mean.
 Letters: N rows (batch x time), O out_features, I in_features, r block size; s = sum_b x_b.
 """
 
@@ -17,8 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-COL_GROUP_ROWS = 512
-"""Output rows of W + dW that `bone_col` builds at a time: large enough for a fast matmul, small beside W."""
+from rwkv_peft.ops.blocks import column_blocks, mix_blocks, outer_blocks, row_blocks
+from rwkv_peft.ops.products import linear, product_dtype, times, times_transposed, weight_slices
+
+COL_SLICE_NUMBERS = 2**22
+"""Numbers of W + dW that `bone_col` builds at a time, 16 MB in fp32: enough for a fast product."""
+
+COL_FEW_ROWS = 16
+"""`bone_col` on so few rows, without gradients, leaves W as it is: 11 times faster for one row, even at about 20."""
 
 
 def block_affine_delta(weight: Tensor, bone: Tensor, mode: str) -> Tensor:
@@ -53,9 +60,9 @@ def bone_row(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) 
 
     Args:
         x: (..., I), any float dtype.
-        weight: (O, I) in x's dtype, frozen: it gets no gradient; r divides O and I (checked at injection).
-        bone: (I/r, r, r) in x's dtype.
-        stochastic: round x + p stochastically; x must be bf16.
+        weight: (O, I), any float dtype, frozen: it gets no gradient; r divides O and I (checked at injection).
+        bone: (I/r, r, r), any float dtype.
+        stochastic: round x + p stochastically where x is bf16 and products are too.
     Returns:
         (..., O) in x's dtype.
     """
@@ -73,15 +80,30 @@ def bone_left(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False)
     return _on_rows(_BoneLeft, x, weight, bone, stochastic)
 
 
-def bone_col(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+def bone_col(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) -> Tensor:
     """y = x (W + dW)^T with dW_ab = W_ab B_a + B_a, one r x r matrix per *output* block.
 
     B_a mixes the columns of every block of its row of blocks, so it cannot be moved to x or y: W + W B is
-    needed, and is built a group of output rows at a time and dropped. Backward keeps x, W and bone only.
+    needed, and is built a slice of output rows at a time and dropped. Backward keeps x, W and bone only.
 
-    Args and returns as `bone_row`, but bone is (O/r, r, r).
+    Few rows without gradients (a generated token) take W (x + B_a x) instead, for each a, and build nothing.
+
+    Args and returns as `bone_row`, but bone is (O/r, r, r), and what is rounded stochastically is W + W B.
     """
-    return _on_rows(_BoneCol, x, weight, bone)
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or bone.requires_grad)
+    few = x[..., 0].numel() <= COL_FEW_ROWS
+    if few and not needs_grad:
+        return _col_on_few_rows(x, weight, bone)
+    return _on_rows(_BoneCol, x, weight, bone, stochastic)
+
+
+def bone_materialized(x: Tensor, weight: Tensor, bone: Tensor, mode: str) -> Tensor:
+    """y = x (W + dW)^T as the paper's code has it: dW and W + dW are built, and kept for backward.
+
+    For comparison. Args and returns as the function of `mode`; weight and bone are used in x's dtype.
+    """
+    weight = weight.to(x.dtype)
+    return linear(x, weight + block_affine_delta(weight, bone.to(x.dtype), mode))
 
 
 def add_stochastically(a: Tensor, b: Tensor) -> Tensor:
@@ -103,15 +125,12 @@ def add_stochastically(a: Tensor, b: Tensor) -> Tensor:
     return bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
-def _on_rows(form: type[torch.autograd.Function], x: Tensor, *arguments: Tensor | bool) -> Tensor:
+def _on_rows(form: type[torch.autograd.Function], x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool) -> Tensor:
     """Apply a form that takes (N, I) rows to (..., I)."""
-    return form.apply(x.reshape(-1, x.shape[-1]), *arguments).unflatten(0, x.shape[:-1])
-
-
-def _per_block(x: Tensor, bone: Tensor) -> Tensor:
-    """B_b x_b for every block: (N, I) with (I/r, r, r) -> (N, I/r, r), a transposed view."""
-    blocks = x.unflatten(-1, (-1, bone.shape[-1])).transpose(0, 1)  # (I/r, N, r)
-    return torch.bmm(blocks, bone.mT).transpose(0, 1)
+    rows = x.reshape(-1, x.shape[-1])
+    dtype = product_dtype(rows)
+    stochastic = stochastic and dtype == torch.bfloat16
+    return form.apply(rows, weight, bone, dtype, stochastic).unflatten(0, x.shape[:-1])
 
 
 def _block_sum(x: Tensor, r: int) -> Tensor:
@@ -120,113 +139,147 @@ def _block_sum(x: Tensor, r: int) -> Tensor:
 
 
 def _add_to_blocks(y: Tensor, s: Tensor) -> Tensor:
-    """y_a += s_a in place: (N, O) with (N, O/r, r), or with (N, 1, r) for the same in every block."""
-    y.unflatten(-1, (-1, s.shape[-1])).add_(s)
+    """y_a += s in place: (N, O), (N, r)."""
+    y.unflatten(-1, (-1, s.shape[-1])).add_(s.unsqueeze(1))
     return y
 
 
-def _bone_gradient(grad: Tensor, x: Tensor, r: int) -> Tensor:
-    """Gradient of B in p_b = B_b x_b: grad (N, I) of p, x (N, I) -> (I/r, r, r)."""
-    grad_blocks, x_blocks = (t.unflatten(-1, (-1, r)).transpose(0, 1) for t in (grad, x))  # (I/r, N, r)
-    return torch.bmm(grad_blocks.mT, x_blocks)
+def _rows(blocks: Tensor) -> Tensor:
+    """(G, N, r) -> (N, G*r): what `column_blocks` made of rows, as rows again."""
+    return blocks.transpose(0, 1).flatten(1)
 
 
 class _BoneRow(torch.autograd.Function):
-    """`bone_row` on (N, I) rows."""
+    """`bone_row` on (N, I) rows, computed in `dtype`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bone)
-        p = _per_block(x, bone)  # (N, I/r, r)
-        s = p.sum(1, keepdim=True)  # (N, 1, r)
-        if not stochastic:
-            return _add_to_blocks((x.unflatten(-1, p.shape[1:]) + p).flatten(1) @ weight.mT, s)
-        # One rounding for both terms: y on the bf16 grid would swallow the second as x swallows p.
-        tile = s.flatten(1).repeat(1, weight.shape[0] // bone.shape[-1])  # (N, O)
-        return torch.addmm(tile, add_stochastically(x, p.flatten(1)), weight.mT)
+        ctx.dtype, r = dtype, bone.shape[-1]
+        blocks, matrices = column_blocks(x, r), bone.to(dtype).mT
+        if stochastic:
+            update = torch.bmm(blocks, matrices)  # (I/r, N, r)
+            # One rounding for both terms: y on the bf16 grid would swallow the second as x swallows p.
+            tile = update.sum(0).repeat(1, weight.shape[0] // r)  # (N, O)
+            return torch.addmm(tile, add_stochastically(x, _rows(update)), weight.to(dtype).mT)
+        mixed, s = mix_blocks(blocks, matrices, want_sum=True, dtype=dtype)
+        return _add_to_blocks(times_transposed(_rows(mixed), weight), s).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         x, weight, bone = ctx.saved_tensors
-        grad_mixed = grad_y @ weight  # (N, I)
-        grad_tile = _block_sum(grad_y, bone.shape[-1]).unsqueeze(1)  # (N, 1, r)
-        grad_p = _add_to_blocks(grad_mixed.clone(), grad_tile)  # (N, I)
-        grad_bone = _bone_gradient(grad_p, x, bone.shape[-1]) if ctx.needs_input_grad[2] else None
-        grad_x = _add_to_blocks(grad_mixed, _per_block(grad_p, bone.mT)) if ctx.needs_input_grad[0] else None
-        return grad_x, None, grad_bone, None
+        r, grad_y = bone.shape[-1], grad_y.to(ctx.dtype)
+        grad_mixed = column_blocks(times(grad_y, weight), r)  # (I/r, N, r)
+        tile = _block_sum(grad_y, r)  # with it, the gradient of p
+        grad_x = grad_bone = None
+        if ctx.needs_input_grad[2]:
+            grad_bone = outer_blocks(grad_mixed, column_blocks(x, r), tile=tile, dtype=ctx.dtype).to(bone.dtype)
+        if ctx.needs_input_grad[0]:
+            grad_x = _rows(mix_blocks(grad_mixed, bone.to(ctx.dtype), tile=tile, dtype=x.dtype)[0])
+        return grad_x, None, grad_bone, None, None
 
 
 class _BoneLeft(torch.autograd.Function):
-    """`bone_left` on (N, I) rows."""
+    """`bone_left` on (N, I) rows, computed in `dtype`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool) -> Tensor:
-        r = bone.shape[-1]
-        h = x @ weight.mT  # (N, O)
-        inner = _add_to_blocks(h.clone(), _block_sum(x, r).unsqueeze(1))  # h + tile(s)
-        ctx.save_for_backward(inner, weight, bone)
-        update = _per_block(inner, bone.mT)  # (N, O/r, r)
-        return add_stochastically(h, update.flatten(1)) if stochastic else _add_to_blocks(h, update)
+    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
+        ctx.dtype, r, y_dtype = dtype, bone.shape[-1], x.dtype
+        x, bone_ = x.to(dtype), bone.to(dtype)
+        h, s = times_transposed(x, weight), _block_sum(x, r)  # (N, O), (N, r)
+        ctx.save_for_backward(h.to(y_dtype), s, weight, bone)
+        if stochastic:
+            update = torch.bmm(column_blocks(h, r) + s, bone_)
+            return add_stochastically(h, _rows(update))
+        return _rows(mix_blocks(column_blocks(h, r), bone_, tile=s, dtype=y_dtype)[0])
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        inner, weight, bone = ctx.saved_tensors
-        r = bone.shape[-1]
-        grad_x = None
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        h, s, weight, bone = ctx.saved_tensors
+        blocks = column_blocks(grad_y, bone.shape[-1])
+        grad_x = grad_bone = None
         if ctx.needs_input_grad[0]:
-            grad_inner = _per_block(grad_y, bone)  # (N, O/r, r)
-            grad_h = (grad_y.unflatten(-1, (-1, r)) + grad_inner).flatten(1)  # (N, O)
-            grad_x = _add_to_blocks(grad_h @ weight, grad_inner.sum(1, keepdim=True))
-        grad_bone = _bone_gradient(inner, grad_y, r) if ctx.needs_input_grad[2] else None
-        return grad_x, None, grad_bone, None
+            grad_h, grad_s = mix_blocks(blocks, bone.to(ctx.dtype).mT, want_sum=True, dtype=ctx.dtype)
+            grad_x = _add_to_blocks(times(_rows(grad_h), weight), grad_s).to(h.dtype)
+        if ctx.needs_input_grad[2]:
+            h_blocks = column_blocks(h, bone.shape[-1])
+            grad_bone = outer_blocks(h_blocks, blocks, tile=s, dtype=ctx.dtype).to(bone.dtype)
+        return grad_x, None, grad_bone, None, None
 
 
 class _BoneCol(torch.autograd.Function):
-    """`bone_col` on (N, I) rows."""
+    """`bone_col` on (N, I) rows, computed in `dtype`.
+
+    The "+ B_a" term joins the slices of W + W B, since W_ab B_a + B_a = (W_ab + 1) B_a. In half precision the larger
+    part of dW would drown there, so then it has a path of its own, B_a s in every output block.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bone)
-        s = _block_sum(x, bone.shape[-1])  # (N, r)
-        y = (s @ bone.flatten(0, 1).mT).contiguous()  # (N, O): the "+ B_a" term, B_a s in every output block
-        for rows, blocks in _groups(weight, bone):
-            y[:, rows].addmm_(x, _mixed(weight[rows], bone[blocks]).mT)
-        return y
+        ctx.dtype, y_dtype = dtype, x.dtype
+        x, bone = x.to(dtype), bone.to(dtype)
+        unit = _unit_tile(weight, bone)
+        y = x.new_zeros(x.shape[0], weight.shape[0])
+        if unit is None:  # first, so that y is rounded with both terms in it
+            torch.mm(_block_sum(x, bone.shape[-1]), bone.flatten(0, 1).mT, out=y)
+        for rows, blocks in _slices(weight, bone):
+            y[:, rows].addmm_(x, _mixed(weight[rows], bone[blocks], unit, stochastic).mT)
+        return y.to(y_dtype)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
-        x, weight, bone = ctx.saved_tensors
-        r = bone.shape[-1]
-        grad_x = grad_bone = None
-        if ctx.needs_input_grad[0]:
-            grad_x = torch.zeros_like(x)
-            for rows, blocks in _groups(weight, bone):
-                grad_x.addmm_(grad_y[:, rows], _mixed(weight[rows], bone[blocks]))
-            grad_s = grad_y @ bone.flatten(0, 1)  # (N, r)
-            _add_to_blocks(grad_x, grad_s.unsqueeze(1))
-        if ctx.needs_input_grad[2]:
-            grad_bone = (grad_y.mT @ _block_sum(x, r)).unflatten(0, (-1, r))  # (O/r, r, r): the "+ B_a" term
-            for rows, blocks in _groups(weight, bone):
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
+        x_saved, weight, bone_saved = ctx.saved_tensors
+        x, bone, grad_y = (t.to(ctx.dtype) for t in (x_saved, bone_saved, grad_y))
+        r, unit = bone.shape[-1], _unit_tile(weight, bone)
+        grad_x, grad_bone = torch.zeros_like(x), torch.empty_like(bone)
+        for rows, blocks in _slices(weight, bone):
+            if ctx.needs_input_grad[0]:
+                grad_x.addmm_(grad_y[:, rows], _mixed(weight[rows], bone[blocks], unit, False))
+            if ctx.needs_input_grad[2]:
                 grad_w = grad_y[:, rows].mT @ x  # (rows, I): the gradient of these rows of dW
-                grad_bone[blocks] += _row_blocks(weight[rows], r).mT @ _row_blocks(grad_w, r)
-        return grad_x, None, grad_bone
+                left, right = row_blocks(weight[rows], r), row_blocks(grad_w, r)
+                grad_bone[blocks] = outer_blocks(left, right, tile=unit, dtype=ctx.dtype)
+        if unit is None:
+            _add_to_blocks(grad_x, grad_y @ bone.flatten(0, 1))
+            grad_bone += (grad_y.mT @ _block_sum(x, r)).view(grad_bone.shape)
+        return (
+            grad_x.to(x_saved.dtype) if ctx.needs_input_grad[0] else None,
+            None,
+            grad_bone.to(bone_saved.dtype) if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+        )
 
 
-def _groups(weight: Tensor, bone: Tensor):
-    """Slices of W's rows and of bone's matrices, about COL_GROUP_ROWS rows each."""
+def _col_on_few_rows(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+    """`bone_col` by y_a = W_a (x + B_a x) + B_a s: work that grows with the rows, where building W + W B does not."""
     r = bone.shape[-1]
-    step = max(1, COL_GROUP_ROWS // r)
-    for start in range(0, bone.shape[0], step):
-        stop = min(start + step, bone.shape[0])
-        yield slice(start * r, stop * r), slice(start, stop)
+    rows, bone = x.reshape(-1, x.shape[-1]), bone.to(x.dtype)
+    update = rows.unflatten(-1, (-1, r)) @ bone.mT[:, None]  # (O/r, N, I/r, r)
+    mixed = rows + update.flatten(2)  # (O/r, N, I)
+    y = mixed @ weight.to(x.dtype).unflatten(0, (-1, r)).mT + update.sum(2)  # (O/r, N, r)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
-def _row_blocks(weight: Tensor, r: int) -> Tensor:
-    """(g*r, I) -> (g, r * I/r, r): the blocks of each block row stacked; a view, no copy."""
-    return weight.reshape(weight.shape[0] // r, -1, r)
+def _slices(weight: Tensor, bone: Tensor):
+    """Slices of W's rows, and the same of bone's matrices."""
+    r = bone.shape[-1]
+    for rows in weight_slices(weight, multiple=r, numbers=COL_SLICE_NUMBERS):
+        yield rows, slice(rows.start // r, rows.stop // r)
 
 
-def _mixed(weight: Tensor, bone: Tensor) -> Tensor:
-    """W_ab + W_ab B_a for a group of block rows: (g*r, I), (g, r, r) -> (g*r, I)."""
-    blocks = _row_blocks(weight, bone.shape[-1])
-    return torch.baddbmm(blocks, blocks, bone).view(weight.shape)
+def _unit_tile(weight: Tensor, bone: Tensor) -> Tensor | None:
+    """The unit matrix as it lies in `row_blocks` of W, (r * I/r, r), in bone's dtype; None in half precision."""
+    if bone.dtype in (torch.bfloat16, torch.float16):
+        return None
+    r = bone.shape[-1]
+    return torch.eye(r, dtype=bone.dtype, device=bone.device).repeat_interleave(weight.shape[1] // r, 0)
+
+
+def _mixed(weight: Tensor, bone: Tensor, unit: Tensor | None, stochastic: bool) -> Tensor:
+    """W_ab + (W_ab + unit) B_a for a slice of W's rows, in bone's dtype: (g*r, I), (g, r, r) -> (g*r, I)."""
+    blocks = row_blocks(weight, bone.shape[-1])
+    if stochastic:
+        return add_stochastically(weight, torch.bmm(blocks, bone).view(weight.shape))
+    return mix_blocks(blocks, bone, tile=unit, dtype=bone.dtype)[0].view(weight.shape)

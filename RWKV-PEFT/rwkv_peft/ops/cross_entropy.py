@@ -10,16 +10,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rwkv_peft.ops.products import product_dtype, times, times_transposed
 from rwkv_peft.ops.reference import L2WRAP
 
-CHUNK_LOGITS = 2**24
-"""Logits that exist at a time: 64 MB in fp32, 256 rows of the World vocabulary."""
+CHUNK_LOGITS = 2**25
+"""Logits that exist at a time: 128 MB in fp32, 512 rows of the World vocabulary."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """`reference.masked_cross_entropy(hidden @ weight.T, targets, mask)`, without the logits of all tokens.
 
-    Products are in hidden's dtype; softmax, log-sum-exp and the loss in fp32 or wider. Twice differentiable it is not.
+    Products are in hidden's dtype or wider (ops/products.py), softmax, log-sum-exp and the loss in fp32 or wider. Twice
+    differentiable it is not.
 
     Args:
         hidden: (B, T, C), the head's input.
@@ -39,19 +41,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         rows = mask.nonzero().squeeze(1)  # (R,)
         share = 1 / max(1, len(rows))
-        narrow = weight.to(hidden.dtype)
+        dtype = product_dtype(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None  # (N, C)
         grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None  # (V, C)
         for part in rows.split(max(1, CHUNK_LOGITS // weight.shape[0])):
-            x = hidden[part]  # (chunk, C)
-            logits = (x @ narrow.T).to(wide)  # (chunk, V)
+            x = hidden[part].to(dtype)  # (chunk, C)
+            logits = times_transposed(x, weight).to(wide)  # (chunk, V)
             part_loss, grad = _loss_and_gradient(logits, targets[part], share)
             loss += part_loss
             if wants_hidden:
-                grad_hidden[part] = grad.to(hidden.dtype) @ narrow
+                grad_hidden[part] = times(grad.to(dtype), weight).to(hidden.dtype)
             if wants_weight:
                 grad_weight.addmm_(grad.mT, x.to(wide))
         ctx.save_for_backward(grad_hidden, grad_weight)

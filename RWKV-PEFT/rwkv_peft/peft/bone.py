@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.ops.block_affine import block_affine_delta, bone_col, bone_left, bone_row
+from rwkv_peft.ops.block_affine import block_affine_delta, bone_col, bone_left, bone_materialized, bone_row
 from rwkv_peft.peft.base import PeftLinear, wide_dtype
 
 FORWARD = {"row": bone_row, "col": bone_col, "left": bone_left}
@@ -26,7 +27,11 @@ class BoneConfig:
     mode: str = "row"
     """Which blocks share a matrix: row, col or left (see ops/block_affine.py)."""
     rounding: str = "nearest"
-    """nearest, or stochastic: in bf16 training, small updates then arrive in the mean (row and left)."""
+    """nearest, or stochastic: where products are in bf16, small updates then arrive in the mean."""
+    impl: str = "fused"
+    """fused, or materialized: dW is built as in the paper's code, for comparison (also --bone_impl)."""
+    cp: int = 0
+    """1: the materialized form is computed again in the backward pass, not kept (also --bone_cp)."""
     load: str = ""
     """Adapter file to start from."""
 
@@ -38,8 +43,10 @@ class BoneConfig:
             raise ConfigError("bone_config", "mode", found=self.mode, expected=" | ".join(FORWARD), hint=hint)
         if self.rounding not in ("nearest", "stochastic"):
             raise ConfigError("bone_config", "rounding", found=self.rounding, expected="nearest | stochastic")
-        if self.rounding == "stochastic" and self.mode == "col":
-            raise ConfigError("bone_config", "rounding", found="stochastic with mode col", expected="row or left")
+        if self.impl not in ("fused", "materialized"):
+            raise ConfigError("bone_config", "impl", found=self.impl, expected="fused | materialized")
+        if self.cp not in (0, 1):
+            raise ConfigError("bone_config", "cp", found=self.cp, expected="0 | 1")
 
     @staticmethod
     def older_spellings(options: dict[str, Any]) -> dict[str, Any]:
@@ -68,13 +75,19 @@ class BoneLinear(PeftLinear):
         self.bone = nn.Parameter(torch.zeros(blocks, config.r, config.r, device=self.weight.device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        options = {"stochastic": True} if self._rounds_stochastically(x) else {}
-        y = FORWARD[self.config.mode](x, self.weight.to(x.dtype), self.bone.to(x.dtype), **options)
+        y = self._materialized(x) if self.config.impl == "materialized" else self._fused(x)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
-    def _rounds_stochastically(self, x: Tensor) -> bool:
-        """While training only: evaluated twice, the same input must give the same output."""
-        return self.config.rounding == "stochastic" and self.training and x.dtype == torch.bfloat16
+    def _fused(self, x: Tensor) -> Tensor:
+        # While training only: evaluated twice, the same input must give the same output.
+        stochastic = self.config.rounding == "stochastic" and self.training
+        return FORWARD[self.config.mode](x, self.weight, self.bone, stochastic)
+
+    def _materialized(self, x: Tensor) -> Tensor:
+        arguments = (x, self.weight, self.bone, self.config.mode)
+        if self.config.cp and torch.is_grad_enabled():
+            return checkpoint(bone_materialized, *arguments, use_reentrant=False)
+        return bone_materialized(*arguments)
 
     def delta_weight(self) -> Tensor:
         wide = wide_dtype(self.weight)

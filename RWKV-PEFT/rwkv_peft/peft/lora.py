@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.ops.low_rank import lora_linear
+from rwkv_peft.ops.products import linear
 from rwkv_peft.peft.base import PeftLinear, wide_dtype
 
 
@@ -51,10 +53,12 @@ class LoraLinear(PeftLinear):
         return self.config.alpha / self.config.r
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        frozen = F.linear(x, self.weight.to(x.dtype), bias)
-        low_rank = F.linear(F.dropout(x, self.config.dropout, self.training), self.lora_A.to(x.dtype))  # (..., r)
-        return frozen + self.scaling * F.linear(low_rank, self.lora_B.to(x.dtype))
+        if self.training and self.config.dropout:
+            low_rank = linear(F.dropout(x, self.config.dropout), self.lora_A)  # (..., r)
+            y = linear(x, self.weight) + self.scaling * linear(low_rank, self.lora_B)
+        else:
+            y = lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scaling)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def delta_weight(self) -> Tensor:
         wide = wide_dtype(self.weight)

@@ -1,0 +1,51 @@
+// Bone's two small block products, as the op calls them: raw pointers, no torch headers.
+//
+// Blocks are (groups, rows, r), the last dimension contiguous. One r x r matrix belongs to each group:
+//     mix     out[g] = x[g] + (x[g] + tile) matrix[g]        sum = the updates out - x, summed over the groups
+//     outer   out[g] = (left[g] + tile)^T right[g]
+// Sums are fp32. A piece is what one thread computes; no two pieces write to the same place.
+#pragma once
+
+#include <cstdint>
+
+namespace rwkv_peft {
+
+struct Blocks {
+  void* data;  // fp32, or bf16
+  bool is_bf16;
+  int64_t group_stride, row_stride;  // in elements
+};
+
+struct Mix {
+  int64_t rows, r;        // r is a multiple of 16
+  Blocks x, out;
+  const float* matrices;  // (groups, r, r)
+  const float* tile;      // (rows, r), the same for every group; may be null
+  float* sum;             // (rows, r); may be null
+};
+
+struct Outer {
+  int64_t rows, r;  // r is a multiple of 16
+  Blocks left, right;
+  const float* tile;  // (rows, r); may be null
+  float* out;         // (groups, r, r)
+};
+
+// Rows that a kernel holds as fp32 at a time.
+constexpr int64_t kPackedRows = 64;
+constexpr int64_t kMixRows = 16;
+
+
+
+struct Kernels {
+  // `buffer` has room for 2 * kPackedRows * r floats and begins with a cache line.
+  void (*mix)(const Mix&, int64_t first_group, int64_t last_group, int64_t first_row, int64_t last_row, float* buffer);
+  void (*outer)(const Outer&, int64_t group, float* buffer);
+};
+
+extern const Kernels kPlainKernels;
+#ifdef __x86_64__
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#endif
+
+}  // namespace rwkv_peft

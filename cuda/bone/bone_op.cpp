@@ -1,0 +1,122 @@
+// rwkv_peft::mix_blocks and rwkv_peft::outer_blocks on CPU; ops/blocks.py has the fake tensors and the plain form.
+#include <algorithm>
+#include <new>
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include "bone_call.h"
+
+namespace rwkv_peft {
+namespace {
+
+using at::Tensor;
+
+// Floats that begin with a cache line: a vector that straddles two takes twice the time to load.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : data_(static_cast<float*>(::operator new(count * sizeof(float), kLine))) {}
+  ~Buffer() { ::operator delete(data_, kLine); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  float* get() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  float* data_;
+};
+
+// What this CPU runs, or less: `level` 0 plain, 1 AVX2, 2 AVX-512; negative is the best there is.
+const Kernels& kernels(int64_t level) {
+#ifdef __x86_64__
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (level < 0 || level == 2)) return kAvx512Kernels;
+  if (avx2 && (level < 0 || level == 1)) return kAvx2Kernels;
+#endif
+  TORCH_CHECK(level <= 0, "bone: this CPU has no instruction set of level ", level);
+  return kPlainKernels;
+}
+
+Blocks blocks_of(const char* name, const Tensor& x, const Tensor& like) {
+  TORCH_CHECK(x.dim() == 3 && x.sizes() == like.sizes() && x.stride(2) == 1, "bone: ", name,
+              " must be blocks (groups, rows, r), the last dimension contiguous; found ", x.sizes());
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "bone: ", name,
+              " must be fp32 or bf16, not ", x.scalar_type());
+  TORCH_CHECK(x.size(2) % 16 == 0, "bone: r must be a multiple of 16, found ", x.size(2));
+  return {x.data_ptr(), x.scalar_type() == at::kBFloat16, x.stride(0), x.stride(1)};
+}
+
+const float* tile_of(const std::optional<Tensor>& tile, const Tensor& x) {
+  if (!tile.has_value()) return nullptr;
+  TORCH_CHECK(tile->dim() == 2 && tile->size(0) == x.size(1) && tile->size(1) == x.size(2) && tile->is_contiguous(),
+              "bone: tile must be (rows, r), contiguous");
+  return tile->const_data_ptr<float>();
+}
+
+// (out, sum); sum is empty unless asked for.
+std::tuple<Tensor, Tensor> mix_blocks(const Tensor& x, const Tensor& matrices, const std::optional<Tensor>& tile,
+                                      bool want_sum, at::ScalarType dtype, int64_t level) {
+  const int64_t groups = x.size(0), rows = x.size(1), r = x.size(2);
+  TORCH_CHECK(matrices.dim() == 3 && matrices.size(0) == groups && matrices.size(1) == r && matrices.size(2) == r &&
+                  matrices.is_contiguous(),
+              "bone: matrices must be (", groups, ", ", r, ", ", r, "), contiguous; found ", matrices.sizes());
+  Tensor out = at::empty_like(x, x.options().dtype(dtype));
+  Tensor sum = want_sum ? at::zeros({rows, r}, x.options().dtype(at::kFloat)) : at::empty({0}, x.options());
+  const Mix a{rows,
+              r,
+              blocks_of("x", x, x),
+              blocks_of("out", out, x),
+              matrices.const_data_ptr<float>(),
+              tile_of(tile, x),
+              want_sum ? sum.mutable_data_ptr<float>() : nullptr};
+  const Kernels& kernel = kernels(level);
+  // With a sum a thread takes some rows through all groups, else a group's rows are split no further than needed.
+  const int64_t pieces = want_sum ? 1 : groups;
+  const int64_t row_chunk = (rows + kPackedRows - 1) / kPackedRows;
+  at::parallel_for(0, pieces * row_chunk, 1, [&](int64_t begin, int64_t end) {
+    const Buffer buffer(2 * kPackedRows * r);
+    for (int64_t piece = begin; piece < end;) {
+      const int64_t group = piece / row_chunk, first = piece % row_chunk;
+      const int64_t last = std::min(row_chunk, first + end - piece);
+      kernel.mix(a, want_sum ? 0 : group, want_sum ? groups : group + 1, first * kPackedRows,
+                 std::min(rows, last * kPackedRows), buffer.get());
+      piece += last - first;
+    }
+  });
+  return {out, sum};
+}
+
+Tensor outer_blocks(const Tensor& left, const Tensor& right, const std::optional<Tensor>& tile, int64_t level) {
+  const int64_t groups = left.size(0), r = left.size(2);
+  Tensor out = at::empty({groups, r, r}, left.options().dtype(at::kFloat));
+  const Outer a{left.size(1),        r,   blocks_of("left", left, left), blocks_of("right", right, left),
+                tile_of(tile, left), out.mutable_data_ptr<float>()};
+  const Kernels& kernel = kernels(level);
+  at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+    const Buffer buffer(2 * kPackedRows * r);
+    for (int64_t group = begin; group < end; ++group) kernel.outer(a, group, buffer.get());
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(rwkv_peft, m) {
+  m.def(
+      "mix_blocks(Tensor x, Tensor matrices, Tensor? tile, bool want_sum, ScalarType dtype, int level=-1)"
+      " -> (Tensor out, Tensor sum)");
+  m.def("outer_blocks(Tensor left, Tensor right, Tensor? tile, int level=-1) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(rwkv_peft, CPU, m) {
+  m.impl("mix_blocks", mix_blocks);
+  m.impl("outer_blocks", outer_blocks);
+}
+
+}  // namespace rwkv_peft
