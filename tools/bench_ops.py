@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.config import PUBLIC_SHAPES, ModelConfig
 from rwkv_peft.errors import exit_with_message
 from rwkv_peft.model.rwkv6 import Block
 from rwkv_peft.model.state import zero_state
@@ -25,7 +25,6 @@ from rwkv_peft.ops.wkv6 import wkv6
 from rwkv_peft.peft.inject import inject, mark_trainable
 from rwkv_peft.peft.registry import method_config
 
-SHAPES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.6B": (24, 2048), "3B": (32, 2560), "7B": (32, 4096)}
 METHODS = {
     "LoRA r=32": ("lora", {"r": 32}),
     "Bone row": ("bone", {"r": 64}),
@@ -104,7 +103,7 @@ SUITES = {"block": block_cases, "wkv6": wkv_cases, "loss": loss_cases}
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/bench_ops.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--shape", choices=SHAPES, default="1.6B", help="Width of the block [1.6B].")
+    parser.add_argument("--shape", choices=PUBLIC_SHAPES, default="1.6B", help="Width of the block [1.6B].")
     parser.add_argument("--tokens", type=int, default=512, help="Tokens of the one sequence [512].")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--runs", type=int, default=7, help="Counted runs of each case [7].")
@@ -114,7 +113,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    n_layer, n_embd = SHAPES[args.shape]
+    n_layer, n_embd = PUBLIC_SHAPES[args.shape]
     config = ModelConfig(n_layer=n_layer, n_embd=n_embd).resolved()
     results: dict[str, dict[str, list[float]]] = {}
     for suite in args.suite:

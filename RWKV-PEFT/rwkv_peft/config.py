@@ -16,6 +16,9 @@ from rwkv_peft.errors import ConfigError
 MAX_INTEGER = 2**31 - 1
 """Seeds and epoch numbers go into 64-bit counters beside other numbers."""
 
+PUBLIC_SHAPES = {"0.1B": (12, 768), "0.4B": (24, 1024), "1.6B": (24, 2048), "3B": (32, 2560), "7B": (32, 4096)}
+"""Layers and width of the public RWKV-6 models."""
+
 
 def _require(flag: str, value: Any, good: bool, expected: str) -> None:
     if not good:

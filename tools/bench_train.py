@@ -1,0 +1,268 @@
+"""Train a few steps with each method, as the paper's Table 7 does: tokens/s and peak memory, relative to LoRA.
+
+Every run is a process of its own (a peak of memory cannot be measured twice in one), and the methods take turns.
+The weights are random and in --precision; nothing is read or saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
+
+import torch
+from torch import nn
+
+from rwkv_peft.assembly import add_adapter
+from rwkv_peft.config import PUBLIC_SHAPES, ModelConfig, OptimConfig, PeftConfig
+from rwkv_peft.errors import UserError, exit_with_message
+from rwkv_peft.model.init import model_on_meta
+from rwkv_peft.model.rwkv6 import RWKV6
+from rwkv_peft.ops.cross_entropy import linear_cross_entropy
+from rwkv_peft.training.optim import build_optimizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+LORA = "LoRA"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table."""
+
+    peft: str = "bone"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    grad_cp: bool = False
+    paper: str = ""
+    """Speed and memory relative to LoRA in the paper's Table 7 (RWKV-6 1.6B, one 4090), where it has that row."""
+
+
+def bone(mode: str, grad_cp: bool = False, paper: str = "", **options: Any) -> Case:
+    return Case("bone", {"r": 64, "mode": mode, **options}, grad_cp, paper)
+
+
+CASES = {
+    LORA: Case("lora", {"r": 32}, paper="1.00, 1.00"),
+    "LoRA + model checkpoint": Case("lora", {"r": 32}, True),
+    "Bone row": bone("row"),
+    "Bone row + model checkpoint": bone("row", True),
+    "Bone left": bone("left"),
+    "Bone left + model checkpoint": bone("left", True),
+    "Bone col": bone("col"),
+    "Bone col + model checkpoint": bone("col", True),
+    "row materialized": bone("row", impl="materialized"),
+    "row materialized + bone checkpoint": bone("row", impl="materialized", cp=1),
+    "col materialized": bone("col", paper="0.70, 1.68", impl="materialized"),
+    "col materialized + bone checkpoint": bone("col", paper="0.59, 1.01", impl="materialized", cp=1),
+    "col materialized + model checkpoint": bone("col", True, paper="0.27, 1.01", impl="materialized"),
+    "Hugging Face bat": Case("bat", {"r": 64}),
+}
+
+
+def build_model(config: ModelConfig, case: Case, dtype: torch.dtype, device: str) -> RWKV6:
+    """A model of random weights that carries the case's adapter."""
+    model = model_on_meta(config)
+    model.dtype, model.grad_cp = dtype, case.grad_cp
+    model = model.to(dtype).to_empty(device=device)
+    noise = torch.randn(2**20, dtype=dtype, device=device) * 0.02  # one million numbers, over and over: quickly made
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            flat = parameter.view(-1)
+            for start in range(0, flat.numel(), len(noise)):
+                part = flat[start : start + len(noise)]
+                part.copy_(noise[: len(part)])
+            if name.endswith("time_decay"):
+                parameter.sub_(3)  # decays as in a trained model, not all near exp(-1)
+    if case.peft == "bat":
+        add_peer(model, case.options["r"])
+    else:
+        add_adapter(model, PeftConfig(peft=case.peft, peft_config=case.options))
+    return model
+
+
+def add_peer(model: RWKV6, r: int) -> None:
+    """Hugging Face PEFT's Bone layer in its `bat` form, which is col."""
+    from peft.tuners.bone.layer import BoneLinear
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for block in model.blocks:
+        for part in (block.att, block.ffn):
+            for name, module in list(part.named_children()):
+                if isinstance(module, nn.Linear):
+                    setattr(part, name, BoneLinear(module, "default", r=r, init_weights="bat"))
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    """One case, in this process: seconds of each counted step, peak and kept memory in MiB."""
+    case, dtype = CASES[args.case], DTYPES[args.precision]
+    torch.manual_seed(0)
+    model = build_model(shape(args), case, dtype, args.device)
+    optimizer = build_optimizer(model, OptimConfig(lr_init=1e-5))
+    ids = torch.randint(args.vocab, (1, args.tokens + 1), device=args.device)
+    mask = torch.ones(1, args.tokens, dtype=torch.bool, device=args.device)
+
+    def step() -> None:
+        hidden, _ = model.hidden(ids[:, :-1])
+        linear_cross_entropy(hidden, model.head.weight, ids[:, 1:], mask).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    reset_peak(args.device)
+    kept = kept_bytes(model, step)  # also warms up
+    seconds = []
+    for _ in range(args.steps):
+        began = time.perf_counter()
+        step()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": seconds, "peak": peak_bytes(args.device) / 2**20, "kept": kept / 2**20}
+
+
+def kept_bytes(model: nn.Module, step: Any) -> int:
+    """Run a step and count what autograd keeps for backward, each storage once, parameters aside."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return sum(sizes.values())
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: str) -> int:
+    """Of the allocator on a GPU; of the process on a CPU, weights included."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def shape(args: argparse.Namespace) -> ModelConfig:
+    layers, width = PUBLIC_SHAPES[args.shape]
+    return ModelConfig(n_layer=args.layers or layers, n_embd=width, vocab_size=args.vocab).resolved()
+
+
+def run_apart(args: argparse.Namespace, case: str) -> dict[str, Any]:
+    """`measure` in a new process, with freed pages kept or not."""
+    command = [sys.executable, __file__, "--case", case, "--steps", str(args.steps), "--tokens", str(args.tokens)]
+    command += ["--shape", args.shape, "--layers", str(args.layers), "--vocab", str(args.vocab)]
+    command += ["--precision", args.precision, "--device", args.device]
+    environment = dict(os.environ)
+    if args.keep_pages:  # glibc's malloc then gives nothing back to the system
+        environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise UserError(f"bench_train {case}", (done.stderr.strip().splitlines() or ["killed: out of memory?"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def product_rate(dtype: torch.dtype, width: int, tokens: int) -> float:
+    """FLOP/s of a plain torch product of one layer's size, the fastest of several."""
+    x, weight = torch.randn(tokens, width).to(dtype), torch.randn(width, width).to(dtype)
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        x @ weight.mT
+        seconds.append(time.perf_counter() - began)
+    return 2 * tokens * width * width / min(seconds)
+
+
+def lora_flops(config: ModelConfig, tokens: int, r: int) -> float:
+    """FLOPs of LoRA's products in a step: W forward and for x's gradient, A and B forward and for both gradients."""
+    c, f = config.n_embd, config.dim_ffn
+    sizes = [(c, c)] * 6 + [(f, c), (c, f)]
+    block = sum(4 * rows * columns + 6 * r * (rows + columns) for rows, columns in sizes)
+    return tokens * (config.n_layer * block + 4 * c * config.vocab_size)
+
+
+def print_table(args: argparse.Namespace, results: Mapping[str, list[dict[str, Any]]]) -> None:
+    def middle(case: str, key: str) -> float:
+        return statistics.median(run[key] for run in results[case])
+
+    base = next(iter(results))
+    print(f"{'':<36} {'tokens/s (slowest to fastest)':>30}  speed  peak MiB  memory  kept MiB  paper: speed, memory")
+    for case, runs in results.items():
+        rates = sorted(args.tokens / seconds for run in runs for seconds in run["seconds"])
+        ratio = statistics.median(rates) / statistics.median(
+            args.tokens / seconds for run in results[base] for seconds in run["seconds"]
+        )
+        spread = f"{statistics.median(rates):.1f} ({rates[0]:.1f} to {rates[-1]:.1f})"
+        memory = middle(case, "peak") / middle(base, "peak")
+        print(
+            f"{case:<36} {spread:>30}  x{ratio:.3f}  {middle(case, 'peak'):8.0f}  x{memory:.3f}  "
+            f"{middle(case, 'kept'):8.0f}  {CASES[case].paper}"
+        )
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="tools/bench_train.py", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--shape", choices=PUBLIC_SHAPES, default="0.1B", help="Public model size [0.1B].")
+    parser.add_argument("--layers", type=int, default=0, help="Fewer layers than the shape has; 0 is all [0].")
+    parser.add_argument("--vocab", type=int, default=65536, help="Rows of embedding and head [65536].")
+    parser.add_argument("--tokens", type=int, default=512, help="Tokens of the one sequence of a step [512].")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=int, default=3, help="Processes of each case, taken in turn [3].")
+    parser.add_argument("--steps", type=int, default=1, help="Counted steps of each process, after a warm-up [1].")
+    parser.add_argument(
+        "--only", nargs="+", metavar="TEXT", default=[], help="Only LoRA and cases with these in the name."
+    )
+    parser.add_argument("--keep_pages", action="store_true", help="CPU: the allocator keeps what is freed.")
+    parser.add_argument("--json", metavar="FILE", help="Write every figure there too.")
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda", "this PyTorch sees no CUDA device", hint="Leave the flag away for the CPU.")
+    if args.case:
+        print(json.dumps(measure(args)))
+        return
+    cases = [case for case in CASES if case == LORA or not args.only or any(text in case for text in args.only)]
+    if find_spec("peft") is None:
+        cases = [case for case in cases if CASES[case].peft != "bat"]
+    results: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
+    for _ in range(args.repeats):
+        for case in cases:
+            results[case].append(run_apart(args, case))
+    place = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    pages = ", pages kept" if args.keep_pages else ""
+    print(f"\n{args.shape}, {shape(args).n_layer} layers, {args.precision}, {args.tokens} tokens, {place}{pages}")
+    print_table(args, results)
+    if args.device == "cpu":
+        rate = max(product_rate(dtype, shape(args).n_embd, args.tokens) for dtype in DTYPES.values())
+        fastest = statistics.median(seconds for run in results[LORA] for seconds in run["seconds"])
+        share = lora_flops(shape(args), args.tokens, CASES[LORA].options["r"]) / rate / fastest
+        print(f"LoRA trains at {share:.0%} of the speed that its products alone would have ({rate / 1e9:.0f} GFLOP/s)")
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    exit_with_message(main)
