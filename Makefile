@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench cuda-check clean
+.PHONY: demo test test-gpu lint bench cuda-check clean
 
 demo: .venv/.runtime
 	$(BIN)/python demo/run.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2
+
+# What needs a CUDA device; skips itself, with a reason, where there is none.
+test-gpu: .venv/.dev
+	$(BIN)/python -m pytest -m gpu
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -17,9 +21,11 @@ lint: .venv/.dev
 bench: .venv/.runtime
 	$(BIN)/python tools/bench_ops.py
 
-# Compiles every .cu where nvcc is present; says so where it is not.
+# Compiles every .cu where nvcc is present and fails on a kernel that spills; says so where there is no nvcc.
+# All that we support: make cuda-check ARCHS="sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
+ARCHS ?= sm_80 sm_90
 cuda-check: .venv/.runtime
-	PYTHONPATH=RWKV-PEFT $(BIN)/python -m rwkv_peft.ops.build --cuda-check sm_80 sm_90
+	PYTHONPATH=RWKV-PEFT $(BIN)/python -m rwkv_peft.ops.cuda_check $(ARCHS)
 
 clean:
 	rm -rf .venv demo/out

@@ -135,24 +135,6 @@ def test_importing_builds_nothing(tmp_path):
     assert not (tmp_path / "extensions").exists()
 
 
-@pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc")
-def test_a_cu_file_that_does_not_compile_is_reported(sources, capsys):
-    (sources / "kernel.cu").write_text("__global__ void kernel() { undeclared(); }\n")
-    assert build.main(["--cuda-check", "sm_80"]) == 1
-    assert "undeclared" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(build.find_nvcc() is None, reason="no nvcc")
-def test_cuda_sources_compile():
-    assert build.compile_cuda_sources(["sm_80"]) == []
-
-
-def test_cuda_check_without_nvcc_is_a_note(monkeypatch, capsys):
-    monkeypatch.setattr(build, "find_nvcc", lambda: None)
-    assert build.main(["--cuda-check", "sm_80"]) == 0
-    assert "skipped" in capsys.readouterr().out
-
-
 @needs_compiler
 def test_the_cuda_binding_compiles_without_cuda():
     """Syntax and types of the one C++ file that only a CUDA build would otherwise compile."""

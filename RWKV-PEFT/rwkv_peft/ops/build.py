@@ -3,13 +3,11 @@
 The sources lie in `<package>/_csrc` when installed and in `<clone>/cuda` in a clone. What is built goes to PyTorch's
 extensions folder (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), named by a hash of all that shapes it.
 
-    python -m rwkv_peft.ops.build                            build or find the op of this machine's CPU
-    python -m rwkv_peft.ops.build --cuda-check sm_80 sm_90   compile every .cu for these GPUs, run nothing
+    python -m rwkv_peft.ops.build    build or find the op of this machine's CPU
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -21,8 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -199,43 +196,11 @@ def find_nvcc() -> str | None:
     return (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
 
 
-def compile_cuda_sources(archs: Sequence[str]) -> list[str]:
-    """Compile every .cu with nvcc for each architecture ("sm_80"), keeping nothing.
-
-    Returns:
-        One message per file and architecture that failed; empty when all compiled.
-    Raises:
-        FileNotFoundError: nvcc is missing.
-    """
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise FileNotFoundError("nvcc is neither under CUDA_HOME nor on PATH")
-    failures = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for source in sorted(source_dir().rglob("*.cu")):
-            for arch in archs:
-                command = [nvcc, *NVCC_FLAGS, f"-arch={arch}", "-c", str(source), "-o", f"{scratch}/{source.stem}.o"]
-                result = subprocess.run(command, capture_output=True, text=True, check=False)
-                if result.returncode != 0:
-                    failures.append(f"{source} for {arch}:\n{result.stdout}{result.stderr}")
-    return failures
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m rwkv_peft.ops.build", description=__doc__.splitlines()[0])
-    parser.add_argument("--cuda-check", nargs="+", metavar="ARCH", help="compile every .cu for these, e.g. sm_80 sm_90")
-    archs = parser.parse_args(argv).cuda_check
-    if archs is None:
-        reason = load_library("wkv6")
-        print(reason or "wkv6: built and loaded")
-        return int(reason is not None)
-    if find_nvcc() is None:
-        print("cuda-check skipped: no nvcc")
-        return 0
-    failures = compile_cuda_sources(archs)
-    print("\n".join(failures) or f"cuda-check: every .cu compiles for {', '.join(archs)}")
-    return int(bool(failures))
+def main() -> int:
+    reason = load_library("wkv6")
+    print(reason or "wkv6: built and loaded")
+    return int(reason is not None)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
