@@ -180,8 +180,8 @@ class TrainConfig:
     """How devices share the work (Lightning's names)."""
     grad_cp: Literal[0, 1] = 0
     """1: recompute each block in the backward pass; less memory, one more forward pass."""
-    wkv: Literal["auto", "native", "torch", "reference"] = "auto"
-    """WKV6 operator: native (compiled), torch (chunked), reference (plain loop), or auto."""
+    wkv: Literal["auto", "native", "fla", "torch", "reference"] = "auto"
+    """WKV6 operator: native (compiled), fla (optional package, GPU), torch (chunked), reference (a loop), or auto."""
     wandb: str = ""
     """Weights & Biases project to log to (needs the package wandb)."""
     dry_run: bool = False

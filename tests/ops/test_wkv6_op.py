@@ -173,5 +173,5 @@ def test_a_wrong_argument_is_named(position, wrong, message):
 
 
 def test_an_unknown_backend_is_named():
-    with pytest.raises(ValueError, match="'fast' is not one of auto, native, torch, reference"):
+    with pytest.raises(ValueError, match="'fast' is not one of auto, native, fla, torch, reference"):
         wkv6(*make_inputs(B=1, T=3, H=2, N=4), backend="fast")

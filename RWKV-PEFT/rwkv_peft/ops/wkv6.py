@@ -15,12 +15,14 @@ from torch import Tensor
 from rwkv_peft.errors import UserError
 from rwkv_peft.ops.reference import wkv6_reference
 from rwkv_peft.ops.wkv6_chunked import wkv6_chunked
+from rwkv_peft.ops.wkv6_fla import load_fla, wkv6_fla
 from rwkv_peft.ops.wkv6_native import CUDA_HEAD_SIZES, load_native, wkv6_native
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "native", "torch", "reference")
-"""native: the compiled C++ or CUDA op. torch: chunks of matrix products. reference: one token at a time."""
+BACKENDS = ("auto", "native", "fla", "torch", "reference")
+"""native: the compiled C++ or CUDA op. fla: flash-linear-attention's, only when asked for. torch: chunks of matrix
+products. reference: one token at a time."""
 
 
 class Choice(NamedTuple):
@@ -55,14 +57,14 @@ def wkv6(
         y (B, T, H, N) in r's dtype and the state after the last token (B, H, N, N) in fp32. Sums are fp32 (float64).
     Raises:
         ValueError: an argument's shape, dtype or device does not fit.
-        UserError: `native` was asked for and cannot be built.
+        UserError: `native` was asked for and cannot be built, or `fla` and is missing.
     """
     wide = torch.float64 if r.dtype == torch.float64 else torch.float32
     if state is None and r.dim() == 4:
         B, _, H, N = r.shape
         state = torch.zeros(B, H, N, N, dtype=wide, device=r.device)
     _check_arguments(r, k, v, w, u, state, wide)
-    run = {"native": _native, "torch": _torch, "reference": _reference}[_backend_for(r, backend)]
+    run = {"native": _native, "fla": wkv6_fla, "torch": _torch, "reference": _reference}[_backend_for(r, backend)]
     y, state_out = run(r, k, v, w.to(wide), u.to(wide), state)
     return y.to(r.dtype), state_out
 
@@ -72,7 +74,7 @@ def active_backend(device: torch.device | str, backend: str = "auto") -> Choice:
 
     Raises:
         ValueError: an unknown backend.
-        UserError: `native` was asked for and cannot be built.
+        UserError: `native` was asked for and cannot be built, or `fla` and is missing.
     """
     if backend not in BACKENDS:
         raise ValueError(f"wkv6: backend={backend!r} is not one of {', '.join(BACKENDS)}")
@@ -85,6 +87,8 @@ def active_backend(device: torch.device | str, backend: str = "auto") -> Choice:
             f"the compiled op cannot be had on {device_type}: {reason}",
             hint="Mend that, or take backend torch (slower, needs no compiler) or auto.",
         )
+    if backend == "fla" and (reason := load_fla(device_type)):
+        raise UserError("wkv6 backend fla", reason, hint="Take backend native, torch or auto.")
     return Choice(backend, "asked for")
 
 
@@ -105,6 +109,8 @@ def _backend_for(r: Tensor, backend: str) -> str:
     automatic = backend == "auto"
     if automatic and r.dtype == torch.float64:
         return "reference"
+    if backend == "fla" and r.dtype == torch.float64:
+        raise ValueError("wkv6: backend fla has no float64; take torch or reference")
     chosen = active_backend(r.device, backend).backend
     if chosen == "native" and (obstacle := _native_obstacle(r)):
         if automatic:
