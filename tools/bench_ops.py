@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_peft.config import PUBLIC_SHAPES, ModelConfig
-from rwkv_peft.errors import exit_with_message
+from rwkv_peft.errors import UserError, exit_with_message
 from rwkv_peft.model.rwkv6 import Block
 from rwkv_peft.model.state import zero_state
 from rwkv_peft.ops.cross_entropy import linear_cross_entropy
 from rwkv_peft.ops.reference import masked_cross_entropy
 from rwkv_peft.ops.wkv6 import wkv6
+from rwkv_peft.ops.wkv6_fla import load_fla
 from rwkv_peft.peft.inject import inject, mark_trainable
 from rwkv_peft.peft.registry import method_config
 
@@ -35,13 +36,20 @@ METHODS = {
 }
 
 
-def interleaved(cases: Mapping[str, Callable[[], None]], runs: int) -> dict[str, list[float]]:
-    """Seconds of every run of every case, taken in turn, after one round of warm-up."""
+def interleaved(
+    cases: Mapping[str, Callable[[], None]], runs: int, finish: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of every run of every case, taken in turn, after one round of warm-up.
+
+    `finish` waits for the device: a GPU still works on what has been called, and each run pays for its own only.
+    """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for run in range(runs + 1):
         for name, case in cases.items():
+            finish()
             began = time.perf_counter()
             case()
+            finish()
             if run:
                 times[name].append(time.perf_counter() - began)
     return times
@@ -82,7 +90,10 @@ def wkv_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str,
     def case(backend: str) -> Callable[[], None]:
         return lambda: wkv6(r, k, v, w, u, backend=backend)[0].sum().backward()
 
-    return {backend: case(backend) for backend in ("reference", "torch", "native")}
+    backends = ["reference", "torch", "native"]
+    if load_fla(r.device.type) is None:
+        backends.append("fla")
+    return {backend: case(backend) for backend in backends}
 
 
 def loss_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
@@ -106,23 +117,42 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shape", choices=PUBLIC_SHAPES, default="1.6B", help="Width of the block [1.6B].")
     parser.add_argument("--tokens", type=int, default=512, help="Tokens of the one sequence [512].")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Where the operators run [cpu].")
     parser.add_argument("--runs", type=int, default=7, help="Counted runs of each case [7].")
     parser.add_argument("--json", metavar="FILE", help="Write every single time there too.")
     return parser.parse_args(argv)
 
 
+def device_line(device: str) -> str:
+    """What the operators run on.
+
+    Raises:
+        UserError: cuda without a GPU.
+    """
+    if device == "cpu":
+        return f"{torch.get_num_threads()} threads"
+    if not torch.cuda.is_available():
+        what = "this PyTorch sees no CUDA device"
+        raise UserError("--device cuda", what, hint="It needs a GPU, its driver and a CUDA build of PyTorch.")
+    return torch.cuda.get_device_name()
+
+
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
+    device = device_line(args.device)
+    finish = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     n_layer, n_embd = PUBLIC_SHAPES[args.shape]
     config = ModelConfig(n_layer=n_layer, n_embd=n_embd).resolved()
     results: dict[str, dict[str, list[float]]] = {}
     for suite in args.suite:
         for name in args.dtype:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-            times = interleaved(SUITES[suite](config, args.tokens, dtype), args.runs)
+            with torch.device(args.device):  # suites name no device: what they make lies on this one
+                cases = SUITES[suite](config, args.tokens, dtype)
+            times = interleaved(cases, args.runs, finish)
             results[f"{suite} {name}"] = times
             base = statistics.median(next(iter(times.values())))
-            print(f"\n{suite}, {name}, width {n_embd}, {args.tokens} tokens, {torch.get_num_threads()} threads")
+            print(f"\n{suite}, {name}, width {n_embd}, {args.tokens} tokens, {device}")
             for case, seconds in times.items():
                 low, middle, high = min(seconds), statistics.median(seconds), max(seconds)
                 print(
