@@ -169,18 +169,3 @@ def test_only_the_last_state_is_used(backend):
     found = dict(zip(NAMES[2:], (x.grad for x in leaves), strict=True))
     reached = ("grad_k", "grad_v", "grad_w", "grad_state")  # the state does not depend on r and u
     assert_close(found, {name: expected[name] for name in reached}, FP32_TOLERANCE)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("N", [32, 64, 128])
-@pytest.mark.usefixtures("poisoned_memory")
-def test_native_on_gpu_equals_reference(dtype, N):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    inputs = make_inputs(B=2, T=100, H=3, N=N, dtype=dtype)
-    grads = make_output_grads(inputs)
-    on_gpu = [x.cuda() for x in inputs], [g.cuda() for g in grads]
-    found = outputs_and_grads(partial(wkv6, backend="native"), *on_gpu)
-    tolerance = FP32_TOLERANCE if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    assert_close(found, reference_results(inputs, grads), tolerance)
