@@ -1,10 +1,11 @@
-// WKV6 on CPU: both sweeps of wkv6_sweeps.h on tiles of V vectors, one OpenMP thread per (head, tile).
+// WKV6 on CPU: two kinds of sweep over time on tiles of V vectors, one OpenMP thread per (head, tile).
 //
 // A value sweep holds the state as [key][columns of the tile], a key sweep as [value][keys of the tile], so in both the
 // vector lanes never meet: no horizontal sums, and any split over tiles gives bitwise the same result.
 #include "wkv6_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include <c10/util/BFloat16.h>
@@ -12,6 +13,25 @@
 
 namespace rwkv_peft {
 namespace {
+
+// out_t = (read_t . (u * write_t)) in_t + read_t S;  then S = diag(decay_t) S + write_t^T in_t.
+//   y:      read r, write k, in v,      S the state,        forward in time.
+//   grad_v: read k, write r, in grad_y, S its gradient G,   backward in time.
+struct ValueSweep {
+  const void *read, *write, *in;
+  const float *decay, *u, *first_state;
+  void* out;
+  float *last_state, *chunk_states;
+  bool backward_in_time;
+};
+
+// Gradients per key channel. States inside a chunk are computed again from the one kept at its start.
+struct KeySweep {
+  const void *r, *k, *v, *grad_y;
+  const float *decay, *u, *chunk_states, *grad_last_state;
+  void *grad_r, *grad_k;
+  float *grad_decay, *grad_u;
+};
 
 constexpr int kLanes = 16;
 // A vector extension of GCC and Clang: one AVX-512 register, or two of AVX2, or four of NEON.
@@ -277,8 +297,35 @@ void run_cpu(const Launch& n, const Sweep& a) {
   return n.element == Element::kBFloat16 ? run_with_tiles<c10::BFloat16>(n, a) : run_with_tiles<float>(n, a);
 }
 
+int64_t row_elements(const Launch& n) { return n.batch * n.tokens * n.heads * n.head_size; }
+
+void compute_decay(const Launch& n, const float* w, float* decay) {
+#pragma omp parallel for
+  for (int64_t i = 0; i < row_elements(n); ++i) decay[i] = std::exp(-std::exp(w[i]));
+}
+
+void forward(const Launch& n, const Forward& a) {
+  compute_decay(n, a.w, a.scratch);
+  run_cpu(n, ValueSweep{a.r, a.k, a.v, a.scratch, a.u, a.first_state, a.y, a.last_state, a.chunk_states, false});
+}
+
+void backward(const Launch& n, const Backward& a) {
+  compute_decay(n, a.w, a.scratch);
+  Launch keep_no_states = n;
+  keep_no_states.chunk = 0;
+  run_cpu(keep_no_states, ValueSweep{a.k, a.r, a.grad_y, a.scratch, a.u, a.grad_last_state, a.grad_v,
+                                     a.grad_first_state, nullptr, true});
+  run_cpu(n, KeySweep{a.r, a.k, a.v, a.grad_y, a.scratch, a.u, a.chunk_states, a.grad_last_state, a.grad_r, a.grad_k,
+                      a.grad_w, a.grad_u});
+#pragma omp parallel for
+  for (int64_t i = 0; i < row_elements(n); ++i) {
+    const float w = std::min(a.w[i], 80.0f);  // exp(w) must not overflow where the decay is 0
+    a.grad_w[i] *= -std::exp(w - std::exp(w));
+  }
+}
+
 }  // namespace
 
-const Sweeps kCpuSweeps{run_cpu<ValueSweep>, run_cpu<KeySweep>, /*needs_scratch=*/false};
+const Device kCpuDevice{forward, backward, row_elements, row_elements};
 
 }  // namespace rwkv_peft

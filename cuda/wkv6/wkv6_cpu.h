@@ -1,10 +1,10 @@
-// The CPU's two sweeps, for fp32 and bf16 elements and any head size.
+// WKV6 on CPU, for fp32 and bf16 elements and any head size.
 #pragma once
 
-#include "wkv6_sweeps.h"
+#include "wkv6_call.h"
 
 namespace rwkv_peft {
 
-extern const Sweeps kCpuSweeps;
+extern const Device kCpuDevice;
 
 }  // namespace rwkv_peft

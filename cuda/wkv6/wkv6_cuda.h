@@ -1,11 +1,11 @@
-// CUDA's two sweeps, for fp32, bf16 and fp16 elements and head sizes 32, 64 and 128.
+// WKV6 on CUDA, for fp32, bf16 and fp16 elements and head sizes 32, 64 and 128.
 #pragma once
 
-#include "wkv6_sweeps.h"
+#include "wkv6_call.h"
 
 namespace rwkv_peft {
 
-// Launched on Launch::stream of the current device; throw std::runtime_error.
-extern const Sweeps kCudaSweeps;
+// Launched on Launch::stream of the current device; throws std::runtime_error.
+extern const Device kCudaDevice;
 
 }  // namespace rwkv_peft

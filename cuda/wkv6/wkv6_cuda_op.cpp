@@ -19,13 +19,13 @@ void* current_stream(const Tensor& x) {
 std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
                                                 const Tensor& u, const Tensor& state, int64_t chunk) {
   const c10::DeviceGuard guard(r.device());
-  return wkv6_forward(kCudaSweeps, r, k, v, w, u, state, chunk, current_stream(r));
+  return wkv6_forward(kCudaDevice, r, k, v, w, u, state, chunk, current_stream(r));
 }
 
 Gradients backward_cuda(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
                         const Tensor& chunk_states, const Tensor& grad_y, const Tensor& grad_state_out, int64_t chunk) {
   const c10::DeviceGuard guard(r.device());
-  return wkv6_backward(kCudaSweeps, r, k, v, w, u, chunk_states, grad_y, grad_state_out, chunk, current_stream(r));
+  return wkv6_backward(kCudaDevice, r, k, v, w, u, chunk_states, grad_y, grad_state_out, chunk, current_stream(r));
 }
 
 }  // namespace

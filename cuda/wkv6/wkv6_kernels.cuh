@@ -1,12 +1,19 @@
-// WKV6 on CUDA: both sweeps of wkv6_sweeps.h, one block per head, one thread per channel, serial in time.
+// WKV6 on CUDA, parallel over chunks of Launch::chunk tokens: what all kernels share, and those of a value sweep.
 //
-// A thread of a value sweep owns a column of the state, a thread of a key sweep a row; nothing but the current token's
-// vectors is shared, and no two threads add to the same number: the results are deterministic.
+// A value sweep carries a state (key x value) through time and reads one row from it at each token:
+//     out_t = (read_t . (u * write_t)) in_t + read_t S,    then    S <- diag(d_t) S + write_t^T in_t
+// With (read, write, in) = (r, k, v) this is the forward pass, S the state. With (k, r, grad_y), from the last token to
+// the first, it is the state's gradient G, and out is grad_v. Three kernels make a sweep:
+//     summary_kernel   what each chunk adds to a zero state, and its decay; all chunks at once
+//     scan_kernel      the state before each chunk; serial, but one multiply-add a chunk
+//     value_kernel     the chunk's outputs, token by token from the state before it; all chunks at once
+// Decays are multiplied, never divided: nothing overflows, and a decay of 0 (a reset) is exact wherever it stands.
+// No two threads add to the same number, and every sum has a fixed order: the results are deterministic.
 //
 // Nothing here but the language itself is CUDA's, so that tests/ops/wkv6_cuda_shim.h can run these very lines on a CPU.
 #pragma once
 
-#include "wkv6_sweeps.h"
+#include "wkv6_call.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -15,133 +22,232 @@
 
 namespace rwkv_peft {
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline void store(float* to, float x) { *to = x; }
+constexpr int kStage = 8;   // tokens of a value sweep that lie in shared memory at a time
 
-#ifdef __CUDACC__
 // By intrinsics: PyTorch compiles extensions with the conversion operators of these types switched off.
+__device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline void store(float* to, float x) { *to = x; }
 __device__ inline void store(__nv_bfloat16* to, float x) { *to = __float2bfloat16(x); }
 __device__ inline void store(__half* to, float x) { *to = __float2half(x); }
-#endif
 
-// Grid: B*H blocks of N threads.
-template <int N, typename scalar_t>
-__global__ void value_sweep_kernel(Launch n, ValueSweep a) {
-  __shared__ float read[N], write[N], bonus_write[N], decay[N];
-  const int j = threadIdx.x;  // value column; while loading, also the key channel whose numbers this thread fetches
-  const int64_t head = blockIdx.x;
-  const float u = a.u[head % n.heads * N + j];
-  float state[N];  // column j
-  for (int i = 0; i < N; ++i) state[i] = a.first_state[(head * N + i) * N + j];
-
-  for (int64_t step = 0; step < n.tokens; ++step) {
-    const int64_t t = a.backward_in_time ? n.tokens - 1 - step : step;
-    const int64_t row = n.row(head, t);
-    if (n.chunk != 0 && t % n.chunk == 0) {
-      float* kept = a.chunk_states + (head * n.chunks() + t / n.chunk) * N * N;
-      for (int i = 0; i < N; ++i) kept[i * N + j] = state[i];
-    }
-    __syncthreads();  // everyone is done with the token before
-    read[j] = to_float(static_cast<const scalar_t*>(a.read)[row + j]);
-    write[j] = to_float(static_cast<const scalar_t*>(a.write)[row + j]);
-    bonus_write[j] = u * write[j];
-    decay[j] = a.decay[row + j];
-    __syncthreads();
-    const float in = to_float(static_cast<const scalar_t*>(a.in)[row + j]);
-    float out = 0.0f;
-#pragma unroll
-    for (int i = 0; i < N; ++i) {
-      out += read[i] * (state[i] + bonus_write[i] * in);
-      state[i] = decay[i] * state[i] + write[i] * in;
-    }
-    store(static_cast<scalar_t*>(a.out) + row + j, out);
-  }
-  for (int i = 0; i < N; ++i) a.last_state[(head * N + i) * N + j] = state[i];
+// The decay's logarithm, cut off where the decay is 0 in fp32, so that sums stay finite. A NaN stays one.
+__device__ inline float log_decay(float w) {
+  const float log = -expf(w);
+  return log < -104.0f ? -104.0f : log;
 }
 
-// A thread's view of a key sweep: key channel i of one head. States of the current chunk lie in global scratch as
-// [token][value][key], so that the threads of a warp touch neighbours; each reads back only what it wrote itself.
-template <int N, typename scalar_t>
-struct KeyThread {
-  const Launch& n;
-  const KeySweep& a;
-  int64_t head;
-  int i;
-  float *v, *grad_y;  // shared, N each
+// The chunk that a block works on, and its tokens in the order of a sweep: step 0, 1, ... `count` - 1.
+template <int N>
+struct ChunkPlace {
+  int64_t head;      // among the heads of all sequences
+  int64_t index;     // head * chunks + chunk
+  int part;          // which of the `parts` blocks of this chunk
+  int count;         // tokens
+  int64_t first;     // offset of step 0's row in a (B, T, H, N) array
+  int64_t per_step;  // from one step's row to the next
 
-  __device__ float at(const void* rows, int64_t row) const {
-    return to_float(static_cast<const scalar_t*>(rows)[row + i]);
+  __device__ ChunkPlace(const Launch& n, int parts, bool backward_in_time) {
+    const unsigned block = blockIdx.x, chunks = static_cast<unsigned>(n.chunks());
+    const unsigned chunk = block / parts % chunks;
+    part = static_cast<int>(block % parts);
+    index = block / parts;
+    head = block / parts / chunks;
+    const int64_t begin = chunk * n.chunk, left = n.tokens - begin;
+    count = static_cast<int>(left < n.chunk ? left : n.chunk);
+    const int64_t stride = n.heads * N;
+    first = n.row(head, backward_in_time ? begin + count - 1 : begin);
+    per_step = backward_in_time ? -stride : stride;
   }
 
-  __device__ float* states() const { return a.scratch + head * n.chunk * N * N + i; }
-
-  // scratch[t - begin] becomes the state before token t.
-  __device__ void recompute_states(int64_t begin, int64_t end) const {
-    float state[N];  // row i
-    const float* kept = a.chunk_states + ((head * n.chunks() + begin / n.chunk) * N + i) * N;
-    for (int j = 0; j < N; ++j) state[j] = kept[j];
-    for (int64_t t = begin; t < end; ++t) {
-      const int64_t row = n.row(head, t);
-      const float decay = a.decay[row + i], k = at(a.k, row);
-      float* before = states() + (t - begin) * N * N;
-      __syncthreads();  // everyone is done with the token before
-      v[i] = at(a.v, row);
-      __syncthreads();
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        before[j * N] = state[j];
-        state[j] = decay * state[j] + k * v[j];
-      }
-    }
-  }
-
-  // Writes the gradients of token t and moves `grad`, row i of the state's gradient, to the token before.
-  __device__ void step_back(int64_t t, const float* before, float u, float* grad, float& grad_u) const {
-    const int64_t row = n.row(head, t);
-    const float decay = a.decay[row + i], r = at(a.r, row), k = at(a.k, row);
-    __syncthreads();  // everyone is done with the token before
-    v[i] = at(a.v, row);
-    grad_y[i] = at(a.grad_y, row);
-    __syncthreads();
-    float c = 0.0f, grad_r = 0.0f, grad_k = 0.0f, grad_decay = 0.0f;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const float state = before[j * N];
-      c += v[j] * grad_y[j];
-      grad_r += state * grad_y[j];
-      grad_k += grad[j] * v[j];
-      grad_decay += grad[j] * state;
-      grad[j] = decay * grad[j] + r * grad_y[j];
-    }
-    store(static_cast<scalar_t*>(a.grad_r) + row + i, grad_r + u * k * c);
-    store(static_cast<scalar_t*>(a.grad_k) + row + i, grad_k + u * r * c);
-    a.grad_decay[row + i] = grad_decay;
-    grad_u += r * k * c;
-  }
+  __device__ int64_t row(int step) const { return first + step * per_step; }
 };
 
-// Grid: B*H blocks of N threads.
-template <int N, typename scalar_t>
-__global__ void key_sweep_kernel(Launch n, KeySweep a) {
-  __shared__ float v[N], grad_y[N];
-  const int i = threadIdx.x;
-  const int64_t head = blockIdx.x;
-  const KeyThread<N, scalar_t> thread{n, a, head, i, v, grad_y};
-  const float u = a.u[head % n.heads * N + i];
-  float grad_u = 0.0f;
-  float grad[N];
-  for (int j = 0; j < N; ++j) grad[j] = a.grad_last_state[(head * N + i) * N + j];
+template <typename scalar_t>
+__device__ inline float load(const void* rows, int64_t offset) {
+  return to_float(static_cast<const scalar_t*>(rows)[offset]);
+}
 
-  for (int64_t c = n.chunks() - 1; c >= 0; --c) {
-    const int64_t begin = c * n.chunk, end = begin + n.chunk < n.tokens ? begin + n.chunk : n.tokens;
-    thread.recompute_states(begin, end);
-    for (int64_t t = end - 1; t >= begin; --t) {
-      thread.step_back(t, thread.states() + (t - begin) * N * N, u, grad, grad_u);
+struct ValueSweep {
+  bool backward_in_time;
+  const void *read, *write, *in;  // (B, T, H, N)
+  const float *w, *u;             // (B, T, H, N), (H, N)
+  const float* first_state;       // (B, H, N, N)
+  void* out;                      // (B, T, H, N)
+  float* last_state;              // (B, H, N, N)
+  float* states;                  // (B, H, chunks, N, N): summaries, then the state before each chunk (in sweep order)
+  float* decays;                  // (B, H, chunks, N): of whole chunks
+};
+
+// How a block of N threads shares a state's N keys and kColumns of its values: 16 keys x kTile values a thread.
+template <int N>
+struct ValueTile {
+  static constexpr int kColumns = N < 64 ? N : 64;
+  static constexpr int kParts = N / kColumns;
+  static constexpr int kTile = kColumns / 16;
+  static constexpr int kGroups = N / 16;  // threads that share a column
+
+  int group, key, column;  // first key, first column within the block's part
+
+  __device__ ValueTile() : group(threadIdx.x / 16), key(group * 16), column(threadIdx.x % 16 * kTile) {}
+};
+
+template <int N>
+struct alignas(16) SummaryShared {
+  float write[kStage][N], in[kStage][ValueTile<N>::kColumns];
+};
+
+// Grid: B*H*chunks*kParts blocks of N threads.
+template <int N, typename scalar_t>
+__global__ void __launch_bounds__(N, 1) summary_kernel(Launch n, ValueSweep a) {
+  using Tile = ValueTile<N>;
+  __shared__ SummaryShared<N> shared;
+  const ChunkPlace<N> chunk(n, Tile::kParts, a.backward_in_time);
+  const Tile tile;
+  const int channel = threadIdx.x;
+  float state[16][Tile::kTile] = {};
+  float reach = 0.0f;  // log of the decay from behind the current token to the chunk's end
+
+  for (int stage = (chunk.count - 1) / kStage * kStage; stage >= 0; stage -= kStage) {
+    for (int s = kStage - 1; s >= 0; --s) {
+      const bool there = stage + s < chunk.count;
+      const int64_t row = chunk.row(stage + s) + channel;
+      shared.write[s][channel] = there ? load<scalar_t>(a.write, row) * expf(reach) : 0.0f;
+      reach += there ? log_decay(a.w[row]) : 0.0f;
+    }
+    for (int e = threadIdx.x; e < kStage * Tile::kColumns; e += N) {
+      const int s = e / Tile::kColumns, column = e % Tile::kColumns;
+      const int64_t row = chunk.row(stage + s) + chunk.part * Tile::kColumns;
+      shared.in[s][column] = stage + s < chunk.count ? load<scalar_t>(a.in, row + column) : 0.0f;
+    }
+    __syncthreads();
+#pragma unroll 2
+    for (int s = 0; s < kStage; ++s) {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+#pragma unroll
+        for (int j = 0; j < Tile::kTile; ++j) {
+          state[i][j] += shared.write[s][tile.key + i] * shared.in[s][tile.column + j];
+        }
+      }
+    }
+    __syncthreads();  // everyone is done with this stage
+  }
+
+  if (chunk.part == 0) a.decays[chunk.index * N + channel] = expf(reach);
+  float* to = a.states + (chunk.index * N + tile.key) * N + chunk.part * Tile::kColumns + tile.column;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kTile; ++j) to[i * N + j] = state[i][j];
+  }
+}
+
+// Grid: B*H*N*N threads, one a number of the state.
+template <int N>
+__global__ void scan_kernel(Launch n, ValueSweep a) {
+  constexpr int kAhead = 8;  // chunks whose numbers are on their way at the same time
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int64_t head = thread / (N * N), within = thread % (N * N), chunks = n.chunks();
+  const int64_t first = a.backward_in_time ? chunks - 1 : 0, per_step = a.backward_in_time ? -1 : 1;
+  float state = a.first_state[thread];
+
+  for (int64_t step = 0; step < chunks; step += kAhead) {
+    float added[kAhead], decay[kAhead];
+#pragma unroll
+    for (int e = 0; e < kAhead; ++e) {
+      const int64_t chunk = head * chunks + first + (step + e) * per_step;
+      const bool there = step + e < chunks;
+      added[e] = there ? a.states[chunk * N * N + within] : 0.0f;
+      decay[e] = there ? a.decays[chunk * N + within / N] : 1.0f;
+    }
+#pragma unroll
+    for (int e = 0; e < kAhead; ++e) {
+      const int64_t chunk = head * chunks + first + (step + e) * per_step;
+      if (step + e < chunks) a.states[chunk * N * N + within] = state;
+      state = decay[e] * state + added[e];
     }
   }
-  a.grad_u[head * N + i] = grad_u;
+  a.last_state[thread] = state;
+}
+
+template <int N>
+struct alignas(16) ValueShared {
+  using Tile = ValueTile<N>;
+  float read[kStage][N], write[kStage][N], decay[kStage][N];
+  float in[kStage][Tile::kColumns];
+  float out[Tile::kGroups][kStage][Tile::kColumns];  // each group's share, to be summed
+  float bonus[Tile::kGroups][kStage];                // of read . (u * write), likewise
+};
+
+// Grid: B*H*chunks*kParts blocks of N threads.
+template <int N, typename scalar_t>
+__global__ void __launch_bounds__(N, 1) value_kernel(Launch n, ValueSweep a) {
+  using Tile = ValueTile<N>;
+  __shared__ ValueShared<N> shared;
+  const ChunkPlace<N> chunk(n, Tile::kParts, a.backward_in_time);
+  const Tile tile;
+  const int channel = threadIdx.x, from_column = chunk.part * Tile::kColumns;
+  const float* u = a.u + chunk.head % n.heads * N + tile.key;
+  float state[16][Tile::kTile];
+  const float* before = a.states + (chunk.index * N + tile.key) * N + from_column + tile.column;
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < Tile::kTile; ++j) state[i][j] = before[i * N + j];
+  }
+
+  for (int stage = 0; stage < chunk.count; stage += kStage) {
+    for (int s = 0; s < kStage; ++s) {
+      const bool there = stage + s < chunk.count;
+      const int64_t row = chunk.row(stage + s) + channel;
+      shared.read[s][channel] = there ? load<scalar_t>(a.read, row) : 0.0f;
+      shared.write[s][channel] = there ? load<scalar_t>(a.write, row) : 0.0f;
+      shared.decay[s][channel] = there ? expf(log_decay(a.w[row])) : 1.0f;
+    }
+    for (int e = threadIdx.x; e < kStage * Tile::kColumns; e += N) {
+      const int s = e / Tile::kColumns, column = e % Tile::kColumns;
+      const bool there = stage + s < chunk.count;
+      shared.in[s][column] = there ? load<scalar_t>(a.in, chunk.row(stage + s) + from_column + column) : 0.0f;
+    }
+    __syncthreads();
+
+    if (threadIdx.x % 16 < kStage) {  // a group has 16 threads: one a token
+      const int s = threadIdx.x % 16;
+      float bonus = 0.0f;
+      for (int i = 0; i < 16; ++i) bonus += shared.read[s][tile.key + i] * u[i] * shared.write[s][tile.key + i];
+      shared.bonus[tile.group][s] = bonus;
+    }
+#pragma unroll 1
+    for (int s = 0; s < kStage; ++s) {
+      float out[Tile::kTile] = {};
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const float read = shared.read[s][tile.key + i], write = shared.write[s][tile.key + i];
+        const float decay = shared.decay[s][tile.key + i];
+#pragma unroll
+        for (int j = 0; j < Tile::kTile; ++j) {
+          out[j] += read * state[i][j];
+          state[i][j] = decay * state[i][j] + write * shared.in[s][tile.column + j];
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < Tile::kTile; ++j) shared.out[tile.group][s][tile.column + j] = out[j];
+    }
+    __syncthreads();
+
+    // Each thread takes the numbers whose `in` it loaded: no barrier is needed before the next stage's loads.
+    for (int e = threadIdx.x; e < kStage * Tile::kColumns; e += N) {
+      const int s = e / Tile::kColumns, column = e % Tile::kColumns;
+      float out = 0.0f, bonus = 0.0f;
+#pragma unroll
+      for (int g = 0; g < Tile::kGroups; ++g) out += shared.out[g][s][column], bonus += shared.bonus[g][s];
+      if (stage + s >= chunk.count) continue;
+      const int64_t row = chunk.row(stage + s) + from_column + column;
+      store(static_cast<scalar_t*>(a.out) + row, out + bonus * shared.in[s][column]);
+    }
+  }
 }
 
 }  // namespace rwkv_peft

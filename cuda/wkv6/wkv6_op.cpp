@@ -10,13 +10,13 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
                                                const Tensor& u, const Tensor& state, int64_t chunk) {
   TORCH_CHECK(r.scalar_type() != at::kHalf, "wkv6: fp16 must be upcast on CPU");
-  return wkv6_forward(kCpuSweeps, r, k, v, w, u, state, chunk, /*stream=*/nullptr);
+  return wkv6_forward(kCpuDevice, r, k, v, w, u, state, chunk, /*stream=*/nullptr);
 }
 
 Gradients backward_cpu(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
                        const Tensor& chunk_states, const Tensor& grad_y, const Tensor& grad_state_out, int64_t chunk) {
   TORCH_CHECK(r.scalar_type() != at::kHalf, "wkv6: fp16 must be upcast on CPU");
-  return wkv6_backward(kCpuSweeps, r, k, v, w, u, chunk_states, grad_y, grad_state_out, chunk, /*stream=*/nullptr);
+  return wkv6_backward(kCpuDevice, r, k, v, w, u, chunk_states, grad_y, grad_state_out, chunk, /*stream=*/nullptr);
 }
 
 }  // namespace
