@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 
@@ -19,6 +20,7 @@ from rwkv_peft.config import PUBLIC_SHAPES, ModelConfig
 from rwkv_peft.errors import UserError, exit_with_message
 from rwkv_peft.model.rwkv6 import Block
 from rwkv_peft.model.state import zero_state
+from rwkv_peft.ops import mix, mix_reference
 from rwkv_peft.ops.cross_entropy import linear_cross_entropy
 from rwkv_peft.ops.reference import masked_cross_entropy
 from rwkv_peft.ops.wkv6 import wkv6
@@ -108,7 +110,40 @@ def loss_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str
     }
 
 
-SUITES = {"block": block_cases, "wkv6": wkv_cases, "loss": loss_cases}
+def mix_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
+    """Forward and backward of what a block does beside linear layers, LayerNorm and WKV6: all at once and one by one,
+    compiled and by plain torch operations."""
+    torch.manual_seed(0)
+    width, rank, decay_rank = config.n_embd, config.time_mix_rank, config.time_decay_rank
+
+    def normal(*shape: int) -> Tensor:
+        return (0.1 * torch.randn(shape)).to(dtype)
+
+    x, gate, k = (normal(1, tokens, size).requires_grad_() for size in (width, width, config.dim_ffn))
+    last, norm, maa = torch.zeros(1, width, dtype=dtype), (normal(width), normal(width)), normal(5, width)
+    operations = {
+        "ddlerp": (x, last, maa[0], normal(width, 5 * rank), maa, normal(5, rank, width)),
+        "shift_lerp": (x, last, maa[:2]),
+        "decay": (x, maa[0], normal(width, decay_rank), normal(decay_rank, width)),
+        "gated_norm": (x, gate, *norm, config.n_head, 64e-5),
+        "relu_square": (k,),
+    }
+
+    def case(names: Sequence[str], module: ModuleType) -> Callable[[], None]:
+        def run() -> None:
+            for name in names:
+                outputs = getattr(module, name)(*operations[name])
+                torch.autograd.backward(outputs, [*outputs] if isinstance(outputs, tuple) else outputs)
+                x.grad = gate.grad = k.grad = None
+
+        return run
+
+    parts = {"all": tuple(operations), **{name: (name,) for name in operations}}
+    forms = {"plain": mix_reference, "compiled": mix}
+    return {f"{part}, {form}": case(names, forms[form]) for part, names in parts.items() for form in forms}
+
+
+SUITES = {"block": block_cases, "wkv6": wkv_cases, "loss": loss_cases, "mix": mix_cases}
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

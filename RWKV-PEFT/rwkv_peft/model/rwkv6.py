@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.model.state import LayerState, ModelState, zero_state
+from rwkv_peft.ops.mix import ddlerp, decay, gated_norm, relu_square, shift_lerp
 from rwkv_peft.ops.products import linear
 from rwkv_peft.ops.wkv6 import wkv6
 
@@ -40,18 +41,6 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm in the input's dtype, over the channels of each head."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-def token_shift(x: Tensor, last: Tensor) -> Tensor:
-    """Each token's predecessor: (B, T, C) with the token before the first, (B, C)."""
-    return torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1)
-
-
 class TimeMix(nn.Module):
     """Attention's counterpart: data-dependent token shift, five projections, the WKV6 recurrence, gate."""
 
@@ -72,35 +61,30 @@ class TimeMix(nn.Module):
         self.value = Linear(c, a)
         self.output = Linear(a, c)
         self.gate = Linear(c, a)
-        self.ln_x = GroupNorm(config.n_head, a, eps=LN_X_EPS)
+        self.ln_x = nn.GroupNorm(config.n_head, a, eps=LN_X_EPS)
 
     def forward(self, x: Tensor, shift: Tensor, wkv_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), wkv_state (B, H, N, N) -> (y (B, T, C), shift, wkv_state)."""
         heads = (self.n_head, self.head_size)
-        xw, xk, xv, xr, xg = self._mix(x, token_shift(x, shift) - x)
+        xw, xk, xv, xr, xg = self._mix(x, shift)
         r = self.receptance(xr).unflatten(-1, heads)  # (B, T, H, N)
         k = self.key(xk).unflatten(-1, heads)
         v = self.value(xv).unflatten(-1, heads)
         w = self._decay(xw).unflatten(-1, heads)
         y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, backend=self.wkv_backend)
-        y = self.ln_x(y.flatten(0, 1).flatten(-2)).view(*x.shape[:2], -1)  # (B, T, A)
-        return self.output(y * F.silu(self.gate(xg))), x[:, -1], wkv_state
+        norm = self.ln_x
+        y = gated_norm(y.flatten(-2), self.gate(xg), norm.weight, norm.bias, norm.num_groups, norm.eps)  # (B, T, A)
+        return self.output(y), x[:, -1], wkv_state
 
-    def _mix(self, x: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
-        """The inputs of decay, key, value, receptance and gate: x moved towards its predecessor, by how much
-        depends on the data. delta is predecessor - x, (B, T, C)."""
-        dtype = x.dtype
-        low_rank = torch.tanh((x + delta * self.time_maa_x.to(dtype)) @ self.time_maa_w1.to(dtype))
-        low_rank = low_rank.unflatten(-1, (5, -1)).movedim(-2, 0).flatten(1, 2)  # (5, B*T, rank)
-        amounts = torch.bmm(low_rank, self.time_maa_w2.to(dtype)).unflatten(1, x.shape[:2])  # (5, B, T, C)
-        base = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        return tuple(x + delta * (maa.to(dtype) + amount) for maa, amount in zip(base, amounts, strict=True))
+    def _mix(self, x: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        """The inputs of decay, key, value, receptance and gate, each (B, T, C)."""
+        maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        amounts = torch.cat(maa).flatten(1)  # (5, C)
+        return ddlerp(x, shift, self.time_maa_x.flatten(), self.time_maa_w1, amounts, self.time_maa_w2)
 
     def _decay(self, xw: Tensor) -> Tensor:
-        """w of exp(-exp(w)), (B, T, A), in fp32 or wider: bf16 has too few bits for a long memory."""
-        low_rank = torch.tanh(xw @ self.time_decay_w1.to(xw.dtype)) @ self.time_decay_w2.to(xw.dtype)
-        wide = torch.promote_types(xw.dtype, torch.float32)
-        return self.time_decay.to(wide) + low_rank.to(wide)
+        """w of exp(-exp(w)), (B, T, A), in fp32 or wider."""
+        return decay(xw, self.time_decay.flatten(), self.time_decay_w1, self.time_decay_w2)
 
 
 class ChannelMix(nn.Module):
@@ -116,10 +100,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, C), shift (B, C) -> (y (B, T, C), shift)."""
-        delta = token_shift(x, shift) - x
-        k = self.key(x + delta * self.time_maa_k.to(x.dtype))  # (B, T, F)
-        r = self.receptance(x + delta * self.time_maa_r.to(x.dtype))  # (B, T, C)
-        return torch.sigmoid(r) * self.value(torch.relu(k).square()), x[:, -1]
+        xk, xr = shift_lerp(x, shift, torch.cat((self.time_maa_k, self.time_maa_r)).flatten(1))
+        k = self.key(xk)  # (B, T, F)
+        r = self.receptance(xr)  # (B, T, C)
+        return torch.sigmoid(r) * self.value(relu_square(k)), x[:, -1]
 
 
 class Block(nn.Module):

@@ -41,6 +41,7 @@ class Library:
 LIBRARIES = {
     "wkv6": Library("wkv6", ("wkv6_op.cpp", "wkv6_cpu.cpp")),
     "bone": Library("bone", ("bone_op.cpp", "bone_plain.cpp", "bone_avx2.cpp", "bone_avx512.cpp")),
+    "mix": Library("mix", ("mix_op.cpp", "mix_avx512.cpp", "mix_avx2.cpp", "mix_plain.cpp")),
     "wkv6_cuda": Library("wkv6", ("wkv6_cuda_op.cpp", "wkv6_cuda.cu"), needs_cuda=True),
 }
 
