@@ -10,7 +10,6 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/tanh.h>
 
 #include "mix_host.h"
 
@@ -86,13 +85,15 @@ inline Mixes ddlerp(const Tensor& x, const Tensor& last, const Tensor& maa_x, co
   return {out[0], out[1], out[2], out[3], out[4], low_rank};
 }
 
-// A backward under way: the gradients, and the scratch of a chunk.
+// A backward under way: the gradients, and the scratch of a chunk. Sums over tokens are sums of the chunks' sums, which
+// fp32 holds better than long ones.
 class DdlerpBackward {
  public:
   DdlerpBackward(const Ddlerp& n, const Tensor& low_rank, const std::array<Tensor, kMixes>& grad_out, bool train)
       : n_(n), low_rank_(fp32("low_rank", low_rank, {n.rows(), kMixes * n.rank})), grad_out_(grad_out), train_(train),
-        grad_x_(at::empty_like(n.x)), grad_last_(at::empty_like(n.last)), grad_mixed_base_(sum_like(n.mixed_base, train)),
-        grad_w1_(sum_like(n.w1, train)), grad_base_(sum_like(n.base, train)), grad_w2_(sum_like(n.w2, train)),
+        grad_x_(at::empty_like(n.x)), grad_last_(at::empty_like(n.last)),
+        grad_mixed_base_(sum_like(n.mixed_base, train)), grad_w1_(sum_like(n.w1, train)),
+        grad_base_(sum_like(n.base, train)), grad_w2_(sum_like(n.w2, train)),
         amounts_(n.buffer(kMixes * n.most_rows())), mixed_(n.buffer(n.most_rows())), self_(n.buffer(n.most_rows())),
         previous_(n.buffer(n.most_rows())), carry_(at::zeros({n.width}, n.base.options())) {
     for (Tensor& one : grad_out_) one = like("a gradient", one, n.x.sizes(), n.x);
@@ -119,9 +120,11 @@ class DdlerpBackward {
     a.base = n_.base.const_data_ptr<float>(), a.amounts = amounts.mutable_data_ptr<float>();
     for (int64_t m = 0; m < kMixes; ++m) a.grad_out[m] = grad_out_[m].const_data_ptr();
     a.grad_self = self_.mutable_data_ptr<float>(), a.grad_previous = previous_.mutable_data_ptr<float>();
-    a.grad_base = train_ ? grad_base_.mutable_data_ptr<float>() : nullptr;
+    Tensor grad_base = sum_like(n_.base, train_);
+    a.grad_base = train_ ? grad_base.mutable_data_ptr<float>() : nullptr;
     over_columns(n_.width, kColumns, rows.count,
                  [&](int64_t begin, int64_t end) { n_.loops.lerp_backward(a, begin, end); });
+    grad_base_.add_(grad_base);
     return amounts;
   }
 
@@ -145,11 +148,13 @@ class DdlerpBackward {
     a.rows = rows, a.x = n_.x.const_data_ptr(), a.last = n_.last.const_data_ptr();
     a.grad_self = self_.const_data_ptr<float>(), a.grad_previous = previous_.const_data_ptr<float>();
     a.grad_mixed = grad_mixed.const_data_ptr<float>(), a.mixed_base = n_.mixed_base.const_data_ptr<float>();
-    a.grad_mixed_base = train_ ? grad_mixed_base_.mutable_data_ptr<float>() : nullptr;
+    Tensor grad_mixed_base = sum_like(n_.mixed_base, train_);
+    a.grad_mixed_base = train_ ? grad_mixed_base.mutable_data_ptr<float>() : nullptr;
     a.carry = carry_.mutable_data_ptr<float>();
     a.grad_x = grad_x_.mutable_data_ptr(), a.grad_last = grad_last_.mutable_data_ptr();
     over_columns(n_.width, kColumns, rows.count,
                  [&](int64_t begin, int64_t end) { n_.loops.shift_backward(a, begin, end); });
+    grad_mixed_base_.add_(grad_mixed_base);
   }
 
   const Ddlerp& n_;

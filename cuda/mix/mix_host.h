@@ -20,13 +20,14 @@ constexpr int64_t kChunkRows = 256;
 constexpr int64_t kColumns = 64, kWorthAThread = 16384;
 
 inline bool is_bf16(const Tensor& x) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "must be fp32 or bf16, not ",
-              x.scalar_type());
-  return x.scalar_type() == at::kBFloat16;
+  const at::ScalarType type = x.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "activations must be fp32 or bf16, not ", type);
+  return type == at::kBFloat16;
 }
 
 inline Tensor like(const char* name, const Tensor& t, at::IntArrayRef sizes, const Tensor& x) {
-  TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == x.scalar_type(), name, " must be of shape ", sizes, " in x's type");
+  TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == x.scalar_type(), name, " must be of shape ", sizes,
+              " in x's type");
   return t.contiguous();
 }
 

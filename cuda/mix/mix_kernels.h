@@ -1,8 +1,8 @@
 // What a block does beside its products and WKV6, as loops over rows; no torch header, no threads.
 //
-// Tensors are contiguous, (rows, width) with a row for each token of each sequence. x and y stand for fp32 or bf16, given
-// as void*; everything else is fp32, and so are all sums. Each call works on the columns [begin, end) alone and shares
-// nothing with another, so any split over threads gives bitwise the same result.
+// Tensors are contiguous, (rows, width) with a row for each token of each sequence. What is void* is fp32 or bf16,
+// everything else is fp32, and so are all sums. Each call works on the columns [begin, end) alone and shares nothing
+// with another, so any split over threads gives bitwise the same result.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// The loops of mix_kernels.h, for the compiler to turn into vectors of the instruction set that the including file sets.
-// That file also includes the headers, before it sets one, and makes a table with MIX_KERNELS; all else has internal
-// linkage, so that code for one instruction set can never stand in for another's at link time.
+// The loops of mix_kernels.h, which the compiler turns into vectors. A file that includes this sets the instruction set,
+// includes the headers before it does so, and makes a table with MIX_KERNELS; all else has internal linkage, so that
+// code for one instruction set can never stand in for another's at link time.
 
 namespace {
 
@@ -52,8 +52,8 @@ inline float exponential(float x) {
   return p * bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000);
 }
 
-// Beyond 60 it is 1 in fp32, beyond -60 it stays at e^-60: what is multiplied with it is then not subnormal, which would
-// take a hundred times as long.
+// Beyond 60 it is 1 in fp32, beyond -60 it stays at e^-60: products with it are then not subnormal, which would take a
+// hundred times as long.
 inline float sigmoid(float x) {
   x = x < -60.0f ? -60.0f : x;
   x = x > 60.0f ? 60.0f : x;
@@ -228,7 +228,7 @@ void gated_norm_backward_group(const GatedNormBackward& a, int64_t row, int64_t 
   scalar_t* grad_y = row_of<scalar_t>(a.grad_y, row, f.rows) + first;
   const float *weight = f.weight + first, *bias = f.bias + first;
 #pragma omp simd
-  for (int64_t j = 0; j < f.group; ++j) {  // y becomes normalised y, grad the gradient of (normalised y * weight + bias)
+  for (int64_t j = 0; j < f.group; ++j) {  // y becomes normalised y, grad that of normalised y * weight + bias
     const float g = widen(gate[j]), s = sigmoid(g), upper = widen(grad_out[j]);
     y[j] = (y[j] - m.mean) * m.scale;
     grad_gate[j] = narrow<scalar_t>(upper * (y[j] * weight[j] + bias[j]) * s * (1.0f + g * (1.0f - s)));

@@ -1,5 +1,8 @@
 // rwkv_peft::ddlerp, shift_lerp, gated_norm and relu_square with their backwards on CPU: tensors around the loops of
 // mix_kernels.h. Fake tensors and autograd are registered in ops/mix_native.py.
+#include <optional>
+#include <tuple>
+
 #include <torch/library.h>
 
 #include "ddlerp.h"
@@ -43,17 +46,20 @@ std::tuple<Tensor, Tensor, Tensor> shift_lerp_backward(const std::optional<Tenso
   a.base = base.const_data_ptr<float>(), a.mixes = kShiftMixes;
   a.grad_out[0] = grad_k.const_data_ptr(), a.grad_out[1] = grad_r.const_data_ptr();
   a.grad_self = self.mutable_data_ptr<float>(), a.grad_previous = previous.mutable_data_ptr<float>();
-  if (x_) a.x = x.const_data_ptr(), a.last = last.const_data_ptr(), a.grad_base = grad_maa.mutable_data_ptr<float>();
+  if (x_) a.x = x.const_data_ptr(), a.last = last.const_data_ptr();
   ShiftBackward b{};
   b.grad_self = a.grad_self, b.grad_previous = a.grad_previous, b.carry = carry.mutable_data_ptr<float>();
   b.grad_x = grad_x.mutable_data_ptr(), b.grad_last = grad_last.mutable_data_ptr();
   const int64_t rows = batch * tokens;
   for (int64_t first = (rows - 1) / kChunkRows * kChunkRows; first >= 0; first -= kChunkRows) {
     a.rows = b.rows = {width, tokens, first, std::min(kChunkRows, rows - first)};
+    Tensor grad_of_chunk = sum_like(base, x_.has_value());
+    a.grad_base = x_ ? grad_of_chunk.mutable_data_ptr<float>() : nullptr;
     over_columns(width, kColumns, a.rows.count, [&](int64_t begin, int64_t end) {
       loops.lerp_backward(a, begin, end);
       loops.shift_backward(b, begin, end);
     });
+    grad_maa.add_(grad_of_chunk);
   }
   return {grad_x, grad_last, grad_maa};
 }
@@ -66,7 +72,8 @@ struct NormInputs {
              double eps)
       : y(y_.contiguous()), gate(like("gate", gate_, y_.sizes(), y_)) {
     const int64_t width = y.size(-1);
-    TORCH_CHECK(y.dim() == 3 && groups > 0 && width % groups == 0, "gated_norm: y must be (B, T, C), C in whole groups");
+    TORCH_CHECK(y.dim() == 3 && groups > 0 && width % groups == 0,
+                "gated_norm: y must be (B, T, C), C in whole groups");
     weight = fp32("weight", weight_, {width}), bias = fp32("bias", bias_, {width});
     call = {{width, y.size(1), 0, y.size(0) * y.size(1)}, width / groups, static_cast<float>(eps), y.const_data_ptr(),
             gate.const_data_ptr(), weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), nullptr};
@@ -125,7 +132,8 @@ Tensor relu_square_backward(const Tensor& grad_, const Tensor& out_) {
   const Tensor out = out_.contiguous(), grad = like("the gradient", grad_, out.sizes(), out);
   Tensor grad_k = at::empty_like(out);
   const bool bf16 = is_bf16(out);
-  const char *upper = static_cast<const char*>(grad.const_data_ptr()), *kept = static_cast<const char*>(out.const_data_ptr());
+  const char* upper = static_cast<const char*>(grad.const_data_ptr());
+  const char* kept = static_cast<const char*>(out.const_data_ptr());
   char* to = static_cast<char*>(grad_k.mutable_data_ptr());
   const int64_t size = out.element_size();
   over_elements(out.numel(), [&](int64_t first, int64_t count) {

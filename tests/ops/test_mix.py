@@ -95,6 +95,12 @@ def test_bf16_is_no_worse_than_plain_operations(name, shape, parameter_dtype, le
         assert relative_error(value, exact[key]) < max(one_rounding, 1.1 * relative_error(plain[key], exact[key])), key
 
 
+def test_bf16_is_rounded_to_even(level):
+    """As torch rounds: squares of 8-bit fractions often lie in the middle between two bf16 numbers."""
+    k = torch.randn(3, 41, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(mix.relu_square(k), mix_reference.relu_square(k))
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_gradcheck(name):
     inputs = [x.double().requires_grad_() for x in make_inputs(name, 2, 3, 6)]
