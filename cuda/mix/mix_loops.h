@@ -1,5 +1,5 @@
-// The loops of mix_kernels.h, which the compiler turns into vectors. A file that includes this sets the instruction set,
-// includes the headers before it does so, and makes a table with MIX_KERNELS; all else has internal linkage, so that
+// The loops of mix_kernels.h, which the compiler turns into vectors. A file that includes this sets instruction sets,
+// includes the headers before that, and makes a table with MIX_KERNELS; all else has internal linkage, so that
 // code for one instruction set can never stand in for another's at link time.
 
 namespace {

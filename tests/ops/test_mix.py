@@ -96,9 +96,13 @@ def test_bf16_is_no_worse_than_plain_operations(name, shape, parameter_dtype, le
 
 
 def test_bf16_is_rounded_to_even(level):
-    """As torch rounds: squares of 8-bit fractions often lie in the middle between two bf16 numbers."""
-    k = torch.randn(3, 41, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
-    assert torch.equal(mix.relu_square(k), mix_reference.relu_square(k))
+    """As torch rounds: means of two bf16 numbers often lie in the middle between two."""
+    x, last, _ = make_inputs("shift_lerp", 2, 41, 50, torch.bfloat16)
+    half = torch.full((2, 50), 0.5)
+    for found, exact in zip(
+        mix.shift_lerp(x, last, half), mix_reference.shift_lerp(x.float(), last.float(), half), strict=True
+    ):
+        assert torch.equal(found, exact.bfloat16())
 
 
 @pytest.mark.parametrize("name", OPERATORS)
