@@ -155,15 +155,23 @@ void outer_columns(float* out, int64_t r, const float* left, const float* right,
   for (; i < r; ++i) outer_tile<1, V>(out + i * r, r, left + i, right, rows);
 }
 
+// Whether rows can be read where they are, instead of being packed.
+inline bool is_packed(const Blocks& blocks, int64_t r) { return !blocks.is_bf16 && blocks.row_stride == r; }
+
 void outer(const Outer& a, int64_t group, float* buffer) {
   const int64_t r = a.r;
-  float *left = buffer, *right = buffer + kPackedRows * r, *out = a.out + group * r * r;
+  float *left = buffer, *packed = buffer + kPackedRows * r, *out = a.out + group * r * r;
   memset(out, 0, r * r * sizeof(float));
   for (int64_t row = 0; row < a.rows; row += kPackedRows) {
     const int64_t end = row + kPackedRows < a.rows ? row + kPackedRows : a.rows;
     pack(left, a.left, group, row, end, r);
     if (a.tile != nullptr) add(left, left, a.tile + row * r, (end - row) * r);
-    pack(right, a.right, group, row, end, r);
+    const float* right = packed;
+    if (is_packed(a.right, r)) {
+      right = static_cast<const float*>(a.right.data) + offset(a.right, group, row);
+    } else {
+      pack(packed, a.right, group, row, end, r);
+    }
     int64_t j = 0;
     for (; j + 4 * LANES <= r; j += 4 * LANES) outer_columns<4>(out + j, r, left, right + j, end - row);
     for (; j < r; j += LANES) outer_columns<1>(out + j, r, left, right + j, end - row);

@@ -220,11 +220,12 @@ class _BoneCol(torch.autograd.Function):
         ctx.dtype, y_dtype = dtype, x.dtype
         x, bone = x.to(dtype), bone.to(dtype)
         unit = _unit_tile(weight, bone)
-        y = x.new_zeros(x.shape[0], weight.shape[0])
+        y = x.new_empty(x.shape[0], weight.shape[0])
         if unit is None:  # first, so that y is rounded with both terms in it
             torch.mm(_block_sum(x, bone.shape[-1]), bone.flatten(0, 1).mT, out=y)
         for rows, blocks in _slices(weight, bone):
-            y[:, rows].addmm_(x, _mixed(weight[rows], bone[blocks], unit, stochastic).mT)
+            mixed = _mixed(weight[rows], bone[blocks], unit, stochastic)
+            y[:, rows].addmm_(x, mixed.mT, beta=int(unit is None))
         return y.to(y_dtype)
 
     @staticmethod
@@ -232,16 +233,18 @@ class _BoneCol(torch.autograd.Function):
         x_saved, weight, bone_saved = ctx.saved_tensors
         x, bone, grad_y = (t.to(ctx.dtype) for t in (x_saved, bone_saved, grad_y))
         r, unit = bone.shape[-1], _unit_tile(weight, bone)
-        grad_x, grad_bone = torch.zeros_like(x), torch.empty_like(bone)
+        grad_x, grad_bone = torch.empty_like(x), torch.empty_like(bone)
         for rows, blocks in _slices(weight, bone):
             if ctx.needs_input_grad[0]:
-                grad_x.addmm_(grad_y[:, rows], _mixed(weight[rows], bone[blocks], unit, False))
+                mixed = _mixed(weight[rows], bone[blocks], unit, False)
+                grad_x.addmm_(grad_y[:, rows], mixed, beta=int(rows.start > 0))
             if ctx.needs_input_grad[2]:
                 grad_w = grad_y[:, rows].mT @ x  # (rows, I): the gradient of these rows of dW
                 left, right = row_blocks(weight[rows], r), row_blocks(grad_w, r)
                 grad_bone[blocks] = outer_blocks(left, right, tile=unit, dtype=ctx.dtype)
-        if unit is None:
+        if unit is None and ctx.needs_input_grad[0]:
             _add_to_blocks(grad_x, grad_y @ bone.flatten(0, 1))
+        if unit is None and ctx.needs_input_grad[2]:
             grad_bone += (grad_y.mT @ _block_sum(x, r)).view(grad_bone.shape)
         return (
             grad_x.to(x_saved.dtype) if ctx.needs_input_grad[0] else None,

@@ -39,7 +39,7 @@ def times_transposed(x: Tensor, weight: Tensor) -> Tensor:
         return x @ weight.to(x.dtype).mT
     y = x.new_empty(x.shape[0], weight.shape[0])
     for rows in weight_slices(weight):
-        y[:, rows] = x @ weight[rows].to(x.dtype).mT
+        y[:, rows].addmm_(x, weight[rows].to(x.dtype).mT, beta=0)
     return y
 
 
@@ -47,9 +47,9 @@ def times(y: Tensor, weight: Tensor) -> Tensor:
     """y @ weight: (N, O), (O, I) -> (N, I) in y's dtype. `weight` may be of any float dtype."""
     if not _is_narrower(weight, y):
         return y @ weight.to(y.dtype)
-    x = y.new_zeros(y.shape[0], weight.shape[1])
+    x = y.new_empty(y.shape[0], weight.shape[1])
     for rows in weight_slices(weight):
-        x.addmm_(y[:, rows], weight[rows].to(y.dtype))
+        x.addmm_(y[:, rows], weight[rows].to(y.dtype), beta=int(rows.start > 0))
     return x
 
 
