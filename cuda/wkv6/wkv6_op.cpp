@@ -19,6 +19,21 @@ Gradients backward_cpu(const Tensor& r, const Tensor& k, const Tensor& v, const 
   return wkv6_backward(kCpuDevice, r, k, v, w, u, chunk_states, grad_y, grad_state_out, chunk, /*stream=*/nullptr);
 }
 
+Tensor step(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u, Tensor& state) {
+  TORCH_CHECK(r.scalar_type() != at::kHalf, "wkv6: fp16 must be upcast on CPU");
+  const Launch n = make_launch(r, /*chunk=*/0, /*stream=*/nullptr);
+  TORCH_CHECK(n.tokens == 1, "wkv6_step: one token at a time, not ", n.tokens);
+  TORCH_CHECK(state.is_contiguous(), "wkv6_step: the state is updated in place and must be contiguous");
+  const Tensor r_ = r.contiguous(), k_ = contiguous_like("k", k, r), v_ = contiguous_like("v", v, r);
+  const Tensor w_ = contiguous_fp32("w", w, r.sizes(), r);
+  const Tensor u_ = contiguous_fp32("u", u, {n.heads, n.head_size}, r);
+  contiguous_fp32("state", state, {n.batch, n.heads, n.head_size, n.head_size}, r);
+  Tensor y = at::empty_like(r_);
+  step_cpu(n, {r_.const_data_ptr(), k_.const_data_ptr(), v_.const_data_ptr(), w_.const_data_ptr<float>(),
+               u_.const_data_ptr<float>(), y.mutable_data_ptr(), state.mutable_data_ptr<float>()});
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(rwkv_peft, m) {
@@ -29,11 +44,16 @@ TORCH_LIBRARY(rwkv_peft, m) {
       "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor chunk_states, Tensor grad_y,"
       " Tensor grad_state_out, int chunk)"
       " -> (Tensor grad_r, Tensor grad_k, Tensor grad_v, Tensor grad_w, Tensor grad_u, Tensor grad_state)");
+  m.def("wkv6_step(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor y");
+  // For tests: which kernels this CPU can run, best first, and a way to take others than the first.
+  m.def("wkv6_cpu_levels() -> str[]", cpu_levels);
+  m.def("wkv6_use_cpu_level(str level) -> str", use_cpu_level);
 }
 
 TORCH_LIBRARY_IMPL(rwkv_peft, CPU, m) {
   m.impl("wkv6", forward_cpu);
   m.impl("wkv6_backward", backward_cpu);
+  m.impl("wkv6_step", step);
 }
 
 }  // namespace rwkv_peft

@@ -39,21 +39,20 @@ class Library:
 
 
 LIBRARIES = {
-    "wkv6": Library("wkv6", ("wkv6_op.cpp", "wkv6_cpu.cpp")),
+    "wkv6": Library(
+        "wkv6", ("wkv6_op.cpp", "wkv6_cpu.cpp", "wkv6_cpu_avx512.cpp", "wkv6_cpu_avx2.cpp", "wkv6_cpu_plain.cpp")
+    ),
     "bone": Library("bone", ("bone_op.cpp", "bone_plain.cpp", "bone_avx2.cpp", "bone_avx512.cpp")),
     "mix": Library("mix", ("mix_op.cpp", "mix_avx512.cpp", "mix_avx2.cpp", "mix_plain.cpp")),
     "wkv6_cuda": Library("wkv6", ("wkv6_cuda_op.cpp", "wkv6_cuda.cu"), needs_cuda=True),
 }
 
-# -march=native rather than one clone per instruction set: GCC's target_clones reaches neither templates nor the bodies
-# it outlines for OpenMP, and the machine that compiles is the machine that runs. The CPU's flags are in the hash, so
-# machines that share a home folder each get their own build.
+# No -march: the sources name the instruction sets they are compiled for, and the one to run is chosen when it runs, so
+# that machines of several kinds can share a build.
 # Not -ffast-math: it lets the compiler assume that no inf or NaN occurs. These two only drop errno and FP traps.
 # -fopenmp is missing from the link on purpose: the symbols then resolve to the OpenMP that PyTorch has loaded, and
 # both share one pool of threads.
-CXX_FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
-# GCC and Clang prefer 256-bit vectors on CPUs with AVX-512; the sweeps gain from the full width.
-X86_FLAGS = ("-mprefer-vector-width=512",)
+CXX_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 NVCC_FLAGS = ("-O3", "-std=c++20")
 
 
@@ -112,7 +111,7 @@ def _build(library: Library, folder: Path) -> None:
         cpp_extension.load(
             folder.name,
             [str(source_dir() / library.folder / source) for source in library.sources],
-            extra_cflags=_cxx_flags(),
+            extra_cflags=list(CXX_FLAGS),
             extra_cuda_cflags=list(NVCC_FLAGS),
             build_directory=str(folder),
             is_python_module=False,
@@ -135,24 +134,12 @@ def _fingerprint(library: Library) -> str:
     digest = hashlib.sha256()
     for path in sorted((source_dir() / library.folder).iterdir()):  # all of it: headers are not listed anywhere
         digest.update(path.name.encode() + path.read_bytes())
-    facts = [torch.__version__, _compiler(), *_cxx_flags(), platform.machine(), _cpu_flags()]
+    facts = [torch.__version__, _compiler(), *CXX_FLAGS, platform.machine()]
     if library.needs_cuda:
         capability = torch.cuda.get_device_capability()
         facts += [*NVCC_FLAGS, str(capability), os.environ.get("TORCH_CUDA_ARCH_LIST", "")]
     digest.update("\n".join(facts).encode())
     return digest.hexdigest()[:16]
-
-
-def _cxx_flags() -> list[str]:
-    return [*CXX_FLAGS, *(X86_FLAGS if platform.machine() == "x86_64" else ())]
-
-
-def _cpu_flags() -> str:
-    """The CPU's instruction sets, as the kernel lists them on x86 ("flags") and ARM ("Features")."""
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return found[1] if found else ""
 
 
 def _compiler() -> str:

@@ -16,7 +16,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.ops.reference import wkv6_reference
 from rwkv_peft.ops.wkv6_chunked import wkv6_chunked
 from rwkv_peft.ops.wkv6_fla import load_fla, wkv6_fla
-from rwkv_peft.ops.wkv6_native import CUDA_HEAD_SIZES, load_native, wkv6_native
+from rwkv_peft.ops.wkv6_native import CUDA_HEAD_SIZES, load_native, wkv6_native, wkv6_step_native
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,32 @@ def wkv6(
     run = {"native": _native, "fla": wkv6_fla, "torch": _torch, "reference": _reference}[_backend_for(r, backend)]
     y, state_out = run(r, k, v, w.to(wide), u.to(wide), state)
     return y.to(r.dtype), state_out
+
+
+@torch.no_grad()
+def wkv6_step(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """`wkv6` for one token of text being generated: `state` becomes the state after it, in place. No gradients.
+
+    Args:
+        r, k, v, w: (B, 1, H, N); dtypes, u and backend as for `wkv6`.
+        state: (B, H, N, N), overwritten.
+    Returns:
+        y (B, 1, H, N) in r's dtype.
+    Raises:
+        ValueError: more than one token, or as for `wkv6`.
+    """
+    if r.dim() == 4 and r.shape[1] != 1:
+        raise ValueError(f"wkv6_step: takes one token at a time; found {r.shape[1]}")
+    wide = torch.float64 if r.dtype == torch.float64 else torch.float32
+    _check_arguments(r, k, v, w, u, state, wide)
+    low = r.dtype == torch.float16
+    if state.is_contiguous() and not r.is_cuda and not low and _backend_for(r, backend) == "native":
+        return wkv6_step_native(r, k, v, w.to(wide), u.to(wide), state)
+    y, after = wkv6(r, k, v, w, u, state, backend=backend)
+    state.copy_(after)
+    return y
 
 
 def active_backend(device: torch.device | str, backend: str = "auto") -> Choice:

@@ -40,6 +40,7 @@ def _load_schemas() -> str | None:
     if reason is None:
         torch.library.register_fake("rwkv_peft::wkv6", _fake_forward)
         torch.library.register_fake("rwkv_peft::wkv6_backward", _fake_backward)
+        torch.library.register_fake("rwkv_peft::wkv6_step", _fake_step)
         torch.library.register_autograd("rwkv_peft::wkv6", _backward, setup_context=_setup_context)
         torch.library.register_autograd("rwkv_peft::wkv6_backward", _refuse_second_derivative)
     return reason
@@ -61,6 +62,15 @@ def wkv6_native(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Te
     return y, state_out
 
 
+def wkv6_step_native(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
+    """One token (T = 1) on CPU; arguments as for `wkv6_native`. Updates `state`, which must be contiguous, in place.
+
+    Returns:
+        y (B, 1, H, N). No derivative is defined.
+    """
+    return torch.ops.rwkv_peft.wkv6_step(r, k, v, w, u, state)
+
+
 def _fake_forward(r, k, v, w, u, state, chunk):
     B, T, H, N = r.shape
     chunks = (T + chunk - 1) // chunk if chunk else 0
@@ -70,6 +80,10 @@ def _fake_forward(r, k, v, w, u, state, chunk):
 def _fake_backward(r, k, v, w, u, chunk_states, grad_y, grad_state_out, chunk):
     like_r = [r.new_empty(r.shape) for _ in range(3)]
     return (*like_r, w.new_empty(w.shape), u.new_empty(u.shape), grad_state_out.new_empty(grad_state_out.shape))
+
+
+def _fake_step(r, k, v, w, u, state):
+    return r.new_empty(r.shape)
 
 
 def _setup_context(ctx, inputs, output):
