@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -82,20 +85,40 @@ def _step(y: Tensor, grad: Tensor, x: Tensor, block: nn.Module) -> None:
 
 
 def wkv_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Forward and backward of WKV6, by each backend."""
+    """Forward and backward of WKV6 in all six inputs, by each backend."""
     torch.manual_seed(0)
     size = (1, tokens, config.n_head, config.head_size)
     r, k, v = (torch.randn(size).to(dtype).requires_grad_() for _ in range(3))
     w = (torch.randn(size) - 3).requires_grad_()
     u = torch.randn(size[2:]).requires_grad_()
+    state = torch.randn(1, config.n_head, config.head_size, config.head_size).requires_grad_()
+    inputs, grads = (r, k, v, w, u, state), (torch.randn(size).to(dtype), torch.randn(state.shape))
 
     def case(backend: str) -> Callable[[], None]:
-        return lambda: wkv6(r, k, v, w, u, backend=backend)[0].sum().backward()
+        return lambda: torch.autograd.grad(wkv6(*inputs, backend=backend), inputs, grads)
 
     backends = ["reference", "torch", "native"]
     if load_fla(r.device.type) is None:
         backends.append("fla")
     return {backend: case(backend) for backend in backends}
+
+
+def wkv_flops(config: ModelConfig, tokens: int) -> int:
+    """Of one forward and backward by the recurrence's definition, N^2 per token and head (wkv6_call.h), whatever a
+    kernel makes of it: 5 forward (read 2, decay 1, write 2), 11 back (decay 1, write 2, and 2 each for the gradients
+    of r, k, v and the decay)."""
+    return 16 * tokens * config.n_head * config.head_size**2
+
+
+def fma_peak() -> float:
+    """GFLOP/s of fused multiply-adds in registers on all of PyTorch's threads: tools/fma_peak.cpp."""
+    source = Path(__file__).with_name("fma_peak.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/fma_peak"
+        flags = ["-O3", "-march=native", "-fopenmp"]
+        subprocess.run([os.environ.get("CXX", "c++"), *flags, source, "-o", program], check=True)
+        env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        return float(subprocess.run(program, env=env, check=True, capture_output=True, text=True).stdout)
 
 
 def loss_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
@@ -193,6 +216,9 @@ def main(argv: Sequence[str]) -> None:
                 print(
                     f"  {case:<22} {middle * 1e3:8.1f} ms ({low * 1e3:.1f} to {high * 1e3:.1f})  x{base / middle:.3f}"
                 )
+            if suite == "wkv6":
+                rate, peak = wkv_flops(config, args.tokens) / statistics.median(times["native"]) / 1e9, fma_peak()
+                print(f"  native: {rate:.0f} GFLOP/s of the {peak:.0f} of fused multiply-adds, {rate / peak:.0%}")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))
 

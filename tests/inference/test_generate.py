@@ -19,6 +19,19 @@ def test_greedy_generation_is_what_full_passes_give():
     assert list(generate(model, ids[:3], max_tokens=6, temperature=0, stop=ids[5])) == ids[3:5]
 
 
+def test_a_step_is_a_forward_that_uses_its_state_up():
+    model, ids = lively_model().eval(), torch.tensor([[5, 7, 11, 2]])
+    with torch.no_grad():
+        expected, after = model(ids)
+        _, state = model(ids[:, :3])
+    memory = [layer.wkv.data_ptr() for layer in state]
+    logits, state = model.step(ids[:, 3:], state)
+    torch.testing.assert_close(logits[:, -1], expected[:, -1])
+    for layer, other in zip(state, after, strict=True):
+        torch.testing.assert_close(vars(layer), vars(other))
+    assert [layer.wkv.data_ptr() for layer in state] == memory
+
+
 def test_generation_repeats_with_its_seed():
     model = lively_model().eval()
     runs = [list(generate(model, [1], max_tokens=20, top_p=1.0, seed=seed, stop=-1)) for seed in (3, 3, 4)]

@@ -14,7 +14,7 @@ from rwkv_peft.errors import UserError
 from rwkv_peft.ops import wkv6 as wkv6_module
 from rwkv_peft.ops.wkv6 import active_backend, wkv6
 from rwkv_peft.ops.wkv6_native import CHUNK, load_native
-from tests.ops.wkv6_cases import make_inputs, make_output_grads
+from tests.ops.wkv6_cases import NAMES, make_inputs, make_output_grads
 
 PACKAGE_ROOT = Path(wkv6_module.__file__).parents[2]
 
@@ -45,6 +45,25 @@ def test_opcheck_backward(native_op):
     inputs = make_inputs(B=2, T=5, H=2, N=4)
     *_, chunk_states = native_op.wkv6(*inputs, 2)
     torch.library.opcheck(native_op.wkv6_backward, (*inputs[:5], chunk_states, *make_output_grads(inputs), 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_step(native_op, dtype):
+    torch.library.opcheck(native_op.wkv6_step, make_inputs(B=2, T=1, H=2, N=4, dtype=dtype))
+
+
+def test_a_compiled_function_equals_the_eager_one(native_op):
+    """One graph, no break, forward and backward."""
+
+    def loss(*inputs):
+        y, state = wkv6(*inputs, backend="native")
+        return (y.float() ** 2).sum() + state.sin().sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    leaves = [x.requires_grad_() for x in make_inputs(B=1, T=9, H=2, N=16)]
+    expected, found = (torch.autograd.grad(f(*leaves), leaves) for f in (loss, compiled))
+    for name, one, other in zip(NAMES[2:], found, expected, strict=True):
+        torch.testing.assert_close(one, other, msg=name)
 
 
 def test_only_chunk_states_are_kept_for_the_backward(native_op):

@@ -39,7 +39,7 @@ def generate(
         if token == stop:
             return
         yield token
-        logits, state = model(torch.tensor([[token]], device=device), state)
+        logits, state = model.step(torch.tensor([[token]], device=device), state)
 
 
 def sample_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -15,7 +15,7 @@ from rwkv_peft.config import ModelConfig
 from rwkv_peft.model.state import LayerState, ModelState, zero_state
 from rwkv_peft.ops.mix import ddlerp, decay, gated_norm, relu_square, shift_lerp
 from rwkv_peft.ops.products import linear
-from rwkv_peft.ops.wkv6 import wkv6
+from rwkv_peft.ops.wkv6 import wkv6, wkv6_step
 
 LN_X_EPS = 64e-5
 """1e-5 x head_size_divisor^2, with RWKV-LM's divisor of 8."""
@@ -63,15 +63,23 @@ class TimeMix(nn.Module):
         self.gate = Linear(c, a)
         self.ln_x = nn.GroupNorm(config.n_head, a, eps=LN_X_EPS)
 
-    def forward(self, x: Tensor, shift: Tensor, wkv_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C), shift (B, C), wkv_state (B, H, N, N) -> (y (B, T, C), shift, wkv_state)."""
+    def forward(
+        self, x: Tensor, shift: Tensor, wkv_state: Tensor, in_place: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, C), shift (B, C), wkv_state (B, H, N, N) -> (y (B, T, C), shift, wkv_state).
+
+        `in_place` (T = 1, no gradients) writes the new wkv_state over the old one.
+        """
         heads = (self.n_head, self.head_size)
         xw, xk, xv, xr, xg = self._mix(x, shift)
         r = self.receptance(xr).unflatten(-1, heads)  # (B, T, H, N)
         k = self.key(xk).unflatten(-1, heads)
         v = self.value(xv).unflatten(-1, heads)
         w = self._decay(xw).unflatten(-1, heads)
-        y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, backend=self.wkv_backend)
+        if in_place:
+            y = wkv6_step(r, k, v, w, self.time_faaaa, wkv_state, backend=self.wkv_backend)
+        else:
+            y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, backend=self.wkv_backend)
         norm = self.ln_x
         y = gated_norm(y.flatten(-2), self.gate(xg), norm.weight, norm.bias, norm.num_groups, norm.eps)  # (B, T, A)
         return self.output(y), x[:, -1], wkv_state
@@ -118,11 +126,11 @@ class Block(nn.Module):
         self.att = TimeMix(config, wkv_backend)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
-        """x (B, T, C) -> (x, state after the last token)."""
+    def forward(self, x: Tensor, state: LayerState, in_place: bool = False) -> tuple[Tensor, LayerState]:
+        """x (B, T, C) -> (x, state after the last token). `in_place` as in TimeMix."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        y, att_shift, wkv = self.att(self.ln1(x), state.att_shift, state.wkv)
+        y, att_shift, wkv = self.att(self.ln1(x), state.att_shift, state.wkv, in_place)
         x = x + y
         y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift)
         return x + y, LayerState(att_shift, wkv, ffn_shift)
@@ -157,6 +165,20 @@ class RWKV6(nn.Module):
         """ids (B, T) int64 -> (logits (B, T, V) in the activations' dtype, state). T >= 1, any batch."""
         x, state = self.hidden(ids, state)
         return self.head(x), state
+
+    @torch.no_grad()
+    def step(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """`forward` for the next token of a text being generated: ids (B, 1), and `state` is used up.
+
+        Its memory becomes the new state's: of the old one nothing may be read again. Give it a state that an earlier
+        forward or step returned, and keep no other reference.
+        """
+        x = self.emb(ids).to(self.dtype)
+        after = []
+        for block, before in zip(self.blocks, state, strict=True):
+            x, layer_state = block(x, before, in_place=True)
+            after.append(layer_state)
+        return self.head(self.ln_out(x)), after
 
     def hidden(self, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """The head's input, (B, T, C), and the state."""

@@ -70,9 +70,7 @@ def wkv6(
 
 
 @torch.no_grad()
-def wkv6_step(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *, backend: str = "auto"
-) -> Tensor:
+def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *, backend: str = "auto") -> Tensor:
     """`wkv6` for one token of text being generated: `state` becomes the state after it, in place. No gradients.
 
     Args:
@@ -130,6 +128,11 @@ def _automatic(device_type: str) -> Choice:
     return choice
 
 
+@torch.compiler.assume_constant_result  # torch.compile must not look into the building of a library
+def _chosen_backend(device_type: str, backend: str) -> str:
+    return active_backend(device_type, backend).backend
+
+
 def _backend_for(r: Tensor, backend: str) -> str:
     """The backend that runs this call; settles what depends on more than the device."""
     automatic = backend == "auto"
@@ -137,7 +140,7 @@ def _backend_for(r: Tensor, backend: str) -> str:
         return "reference"
     if backend == "fla" and r.dtype == torch.float64:
         raise ValueError("wkv6: backend fla has no float64; take torch or reference")
-    chosen = active_backend(r.device, backend).backend
+    chosen = _chosen_backend(r.device.type, backend)
     if chosen == "native" and (obstacle := _native_obstacle(r)):
         if automatic:
             return "torch"
