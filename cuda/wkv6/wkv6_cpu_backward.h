@@ -96,7 +96,7 @@ struct BackwardWork {
       later += load(b.r_in + y) * load(rows_a + y);
     }
     const Vec u = load(h.u + i);
-    Vec grad_u = load(h.grad_u + i);
+    Vec grad_u{};  // of the block first: short sums round less
     for (int64_t t = 0, x = i; t < kBlock; ++t, x += padded) {
       const Vec r = load(b.r + x), k = load(b.k + x), own = scores[t * (kBlock + 1)] * u;
       store(rows_a + x, load(b.before + x) * load(rows_a + x) + (pairs.r[t] + k * own));
@@ -104,7 +104,7 @@ struct BackwardWork {
       store(rows_c + x, -load(b.rate + x) * pairs.decay[t]);
       grad_u += r * k * scores[t * (kBlock + 1)];
     }
-    store(h.grad_u + i, grad_u);
+    store(h.grad_u + i, load(h.grad_u + i) + grad_u);
   }
 
   // P(start, end) rowsum(G * S), for kLanes key channels: the paths from the state to the state.

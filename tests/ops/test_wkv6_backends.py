@@ -35,7 +35,7 @@ def poisoned_memory():
 @every_backend
 @pytest.mark.parametrize(
     ("B", "T", "H", "N"),
-    [(2, 1, 3, 32), (2, 7, 3, 32), (2, 32, 3, 32), (2, 33, 3, 32), (2, 100, 3, 32), (2, 129, 3, 32), (1, 100, 2, 64)],
+    [(2, 1, 3, 32), (2, 7, 3, 32), (2, 32, 3, 32), (2, 33, 3, 32), (2, 100, 3, 32), (2, 129, 3, 32), (1, 275, 2, 64)],
 )
 @pytest.mark.usefixtures("poisoned_memory")
 def test_equals_reference(backend, B, T, H, N):
