@@ -216,7 +216,7 @@ def main(argv: Sequence[str]) -> None:
                 print(
                     f"  {case:<22} {middle * 1e3:8.1f} ms ({low * 1e3:.1f} to {high * 1e3:.1f})  x{base / middle:.3f}"
                 )
-            if suite == "wkv6":
+            if suite == "wkv6" and args.device == "cpu":
                 rate, peak = wkv_flops(config, args.tokens) / statistics.median(times["native"]) / 1e9, fma_peak()
                 print(f"  native: {rate:.0f} GFLOP/s of the {peak:.0f} of fused multiply-adds, {rate / peak:.0%}")
     if args.json:
