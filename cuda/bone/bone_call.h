@@ -37,15 +37,16 @@ constexpr int64_t kMixRows = 16;
 
 
 
-struct Kernels {
+struct BoneKernels {
+  const char* name;
   // `buffer` has room for 2 * kPackedRows * r floats and begins with a cache line.
   void (*mix)(const Mix&, int64_t first_group, int64_t last_group, int64_t first_row, int64_t last_row, float* buffer);
   void (*outer)(const Outer&, int64_t group, float* buffer);
 };
 
-extern const Kernels kPlainKernels;
+extern const BoneKernels kPlainBone;
 #ifdef __x86_64__
-extern const Kernels kAvx2Kernels, kAvx512Kernels;
+extern const BoneKernels kAvx2Bone, kAvx512Bone;
 #endif
 
 }  // namespace rwkv_peft

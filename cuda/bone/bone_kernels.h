@@ -1,11 +1,7 @@
 // The kernels of bone_call.h. Included once for each instruction set, which defines
-//     KERNELS  name of the table      LANES  floats of a vector      ROWS  rows of a register tile
-// Everything is static and nothing of the standard library is called: code for one instruction set must not be linked
-// into another's.
-#include <stdint.h>
-#include <string.h>
-
-#include "bone_call.h"
+//     KERNELS, NAME  the table and its name      LANES  floats of a vector      ROWS  rows of a register tile
+// It also includes the headers, before it sets an instruction set; everything here has internal linkage, so that code for
+// one set can never stand in for another's at link time.
 
 namespace rwkv_peft {
 namespace {
@@ -180,6 +176,6 @@ void outer(const Outer& a, int64_t group, float* buffer) {
 
 }  // namespace
 
-const Kernels KERNELS{mix, outer};
+const BoneKernels KERNELS{NAME, mix, outer};
 
 }  // namespace rwkv_peft

@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include "../cpu_levels.h"
 #include "bone_call.h"
 
 namespace rwkv_peft {
@@ -30,17 +31,13 @@ class Buffer {
   float* data_;
 };
 
-// What this CPU runs, or less: `level` 0 plain, 1 AVX2, 2 AVX-512; negative is the best there is.
-const Kernels& kernels(int64_t level) {
+CpuLevels<BoneKernels>& levels() {
 #ifdef __x86_64__
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && (level < 0 || level == 2)) return kAvx512Kernels;
-  if (avx2 && (level < 0 || level == 1)) return kAvx2Kernels;
+  static CpuLevels<BoneKernels> levels(&kAvx512Bone, &kAvx2Bone, kPlainBone);
+#else
+  static CpuLevels<BoneKernels> levels(nullptr, nullptr, kPlainBone);
 #endif
-  TORCH_CHECK(level <= 0, "bone: this CPU has no instruction set of level ", level);
-  return kPlainKernels;
+  return levels;
 }
 
 Blocks blocks_of(const char* name, const Tensor& x, const Tensor& like) {
@@ -61,7 +58,7 @@ const float* tile_of(const std::optional<Tensor>& tile, const Tensor& x) {
 
 // (out, sum); sum is empty unless asked for.
 std::tuple<Tensor, Tensor> mix_blocks(const Tensor& x, const Tensor& matrices, const std::optional<Tensor>& tile,
-                                      bool want_sum, at::ScalarType dtype, int64_t level) {
+                                      bool want_sum, at::ScalarType dtype) {
   const int64_t groups = x.size(0), rows = x.size(1), r = x.size(2);
   TORCH_CHECK(matrices.dim() == 3 && matrices.size(0) == groups && matrices.size(1) == r && matrices.size(2) == r &&
                   matrices.is_contiguous(),
@@ -75,7 +72,7 @@ std::tuple<Tensor, Tensor> mix_blocks(const Tensor& x, const Tensor& matrices, c
               matrices.const_data_ptr<float>(),
               tile_of(tile, x),
               want_sum ? sum.mutable_data_ptr<float>() : nullptr};
-  const Kernels& kernel = kernels(level);
+  const BoneKernels& kernel = levels().chosen();
   // With a sum a thread takes some rows through all groups, else a group's rows are split no further than needed.
   const int64_t pieces = want_sum ? 1 : groups;
   const int64_t row_chunk = (rows + kPackedRows - 1) / kPackedRows;
@@ -92,12 +89,12 @@ std::tuple<Tensor, Tensor> mix_blocks(const Tensor& x, const Tensor& matrices, c
   return {out, sum};
 }
 
-Tensor outer_blocks(const Tensor& left, const Tensor& right, const std::optional<Tensor>& tile, int64_t level) {
+Tensor outer_blocks(const Tensor& left, const Tensor& right, const std::optional<Tensor>& tile) {
   const int64_t groups = left.size(0), r = left.size(2);
   Tensor out = at::empty({groups, r, r}, left.options().dtype(at::kFloat));
   const Outer a{left.size(1),        r,   blocks_of("left", left, left), blocks_of("right", right, left),
                 tile_of(tile, left), out.mutable_data_ptr<float>()};
-  const Kernels& kernel = kernels(level);
+  const BoneKernels& kernel = levels().chosen();
   at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
     const Buffer buffer(2 * kPackedRows * r);
     for (int64_t group = begin; group < end; ++group) kernel.outer(a, group, buffer.get());
@@ -109,9 +106,12 @@ Tensor outer_blocks(const Tensor& left, const Tensor& right, const std::optional
 
 TORCH_LIBRARY_FRAGMENT(rwkv_peft, m) {
   m.def(
-      "mix_blocks(Tensor x, Tensor matrices, Tensor? tile, bool want_sum, ScalarType dtype, int level=-1)"
+      "mix_blocks(Tensor x, Tensor matrices, Tensor? tile, bool want_sum, ScalarType dtype)"
       " -> (Tensor out, Tensor sum)");
-  m.def("outer_blocks(Tensor left, Tensor right, Tensor? tile, int level=-1) -> Tensor");
+  m.def("outer_blocks(Tensor left, Tensor right, Tensor? tile) -> Tensor");
+  // For tests.
+  m.def("bone_cpu_levels() -> str[]", [] { return levels().names(); });
+  m.def("bone_use_cpu_level(str level) -> str", [](const std::string& name) { return levels().use(name); });
 }
 
 TORCH_LIBRARY_IMPL(rwkv_peft, CPU, m) {

@@ -8,6 +8,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 
+#include "../cpu_levels.h"
 #include "mix_kernels.h"
 
 namespace rwkv_peft {
@@ -18,6 +19,21 @@ using at::Tensor;
 constexpr int64_t kChunkRows = 256;
 // Columns that one thread takes at least, and elements that are worth waking it.
 constexpr int64_t kColumns = 64, kWorthAThread = 16384;
+
+inline CpuLevels<MixKernels>& mix_levels() {
+#ifdef __x86_64__
+  static CpuLevels<MixKernels> levels(&kAvx512Mixes, &kAvx2Mixes, kPlainMixes);
+#else
+  static CpuLevels<MixKernels> levels(nullptr, nullptr, kPlainMixes);
+#endif
+  return levels;
+}
+
+// The loops of the chosen instruction set.
+inline const MixLoops& mix_loops(bool bf16) {
+  const MixKernels& kernels = mix_levels().chosen();
+  return bf16 ? kernels.bf16 : kernels.fp32;
+}
 
 inline bool is_bf16(const Tensor& x) {
   const at::ScalarType type = x.scalar_type();

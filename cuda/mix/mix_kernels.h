@@ -6,8 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
-#include <vector>
 
 namespace rwkv_peft {
 
@@ -89,15 +87,9 @@ struct MixKernels {
   MixLoops fp32, bf16;
 };
 
-extern const MixKernels kAvx512Mixes, kAvx2Mixes, kPlainMixes;
-
-// Those of the best instruction set that this processor has.
-const MixLoops& mix_loops(bool bf16);
-
-// The instruction sets that can be run here, best first; calls take the first unless told otherwise.
-std::vector<std::string> mix_levels();
-
-// Makes all later calls take this one; returns the one before, or "" and does nothing if it cannot be run here.
-std::string use_mix_level(const std::string& name);
+extern const MixKernels kPlainMixes;
+#ifdef __x86_64__
+extern const MixKernels kAvx2Mixes, kAvx512Mixes;
+#endif
 
 }  // namespace rwkv_peft

@@ -163,8 +163,8 @@ TORCH_LIBRARY_FRAGMENT(rwkv_peft, m) {
   m.def("relu_square(Tensor k) -> Tensor");
   m.def("relu_square_backward(Tensor grad, Tensor out) -> Tensor");
   // For tests: which instruction sets can be run here, best first, and a way to take others than the first.
-  m.def("mix_levels() -> str[]", mix_levels);
-  m.def("mix_use_level(str level) -> str", use_mix_level);
+  m.def("mix_cpu_levels() -> str[]", [] { return mix_levels().names(); });
+  m.def("mix_use_cpu_level(str level) -> str", [](const std::string& name) { return mix_levels().use(name); });
 }
 
 TORCH_LIBRARY_IMPL(rwkv_peft, CPU, m) {

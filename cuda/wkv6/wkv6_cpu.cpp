@@ -2,7 +2,6 @@
 #include "wkv6_cpu.h"
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include <omp.h>
@@ -11,26 +10,6 @@
 
 namespace rwkv_peft {
 namespace {
-
-std::vector<const CpuKernels*> supported_kernels() {
-  std::vector<const CpuKernels*> kernels;
-#ifdef __x86_64__
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    kernels.push_back(&kAvx512Kernels);
-  }
-  if (avx2) kernels.push_back(&kAvx2Kernels);
-#endif
-  kernels.push_back(&kPlainKernels);
-  return kernels;
-}
-
-std::atomic<const CpuKernels*>& chosen_kernels() {
-  static std::atomic<const CpuKernels*> kernels{supported_kernels().front()};
-  return kernels;
-}
 
 // State elements below which starting the threads costs more than a step.
 constexpr int64_t kStepOfOneThread = 1 << 16;
@@ -71,15 +50,15 @@ void run_pieces(int64_t pieces, float* scratch, int64_t floats, const Work& work
 }
 
 int64_t forward_scratch(const Launch& n) {
-  return omp_get_max_threads() * floats_of_thread(chosen_kernels().load()->forward_scratch(n, kMostHeads));
+  return omp_get_max_threads() * floats_of_thread(cpu_levels().chosen().forward_scratch(n, kMostHeads));
 }
 
 int64_t backward_scratch(const Launch& n) {
-  return omp_get_max_threads() * floats_of_thread(chosen_kernels().load()->backward_scratch(n, kMostHeads));
+  return omp_get_max_threads() * floats_of_thread(cpu_levels().chosen().backward_scratch(n, kMostHeads));
 }
 
 void forward(const Launch& n, const Forward& a) {
-  const CpuKernels& kernels = *chosen_kernels();
+  const CpuKernels& kernels = cpu_levels().chosen();
   const Cut cut(n, 1);
   run_pieces(cut.parts(), a.scratch, kernels.forward_scratch(n, kMostHeads), [&](int64_t i, float* scratch) {
     kernels.forward(n, a, cut.part(i), scratch);
@@ -88,7 +67,7 @@ void forward(const Launch& n, const Forward& a) {
 
 // The values and the keys of a head share work, but with more threads than heads each gets pieces of its own.
 void backward(const Launch& n, const Backward& a) {
-  const CpuKernels& kernels = *chosen_kernels();
+  const CpuKernels& kernels = cpu_levels().chosen();
   const int64_t kinds = n.batch * n.heads >= omp_get_max_threads() ? 1 : 2;
   const Cut cut(n, kinds);
   run_pieces(cut.parts() * kinds, a.scratch, kernels.backward_scratch(n, kMostHeads), [&](int64_t i, float* scratch) {
@@ -103,7 +82,7 @@ void backward(const Launch& n, const Backward& a) {
 const Device kCpuDevice{forward, backward, forward_scratch, backward_scratch};
 
 void step_cpu(const Launch& n, const Step& a) {
-  const CpuKernels& kernels = *chosen_kernels();
+  const CpuKernels& kernels = cpu_levels().chosen();
   const int64_t heads = n.batch * n.heads, floats = kernels.step_scratch(n);
   std::vector<float> scratch(omp_get_max_threads() * floats);
 #pragma omp parallel for if (heads * n.head_size * n.head_size > kStepOfOneThread)
@@ -112,17 +91,13 @@ void step_cpu(const Launch& n, const Step& a) {
   }
 }
 
-std::vector<std::string> cpu_levels() {
-  std::vector<std::string> names;
-  for (const CpuKernels* kernels : supported_kernels()) names.push_back(kernels->name);
-  return names;
-}
-
-std::string use_cpu_level(const std::string& name) {
-  for (const CpuKernels* kernels : supported_kernels()) {
-    if (kernels->name == name) return chosen_kernels().exchange(kernels)->name;
-  }
-  return "";
+CpuLevels<CpuKernels>& cpu_levels() {
+#ifdef __x86_64__
+  static CpuLevels<CpuKernels> levels(&kAvx512Kernels, &kAvx2Kernels, kPlainKernels);
+#else
+  static CpuLevels<CpuKernels> levels(nullptr, nullptr, kPlainKernels);
+#endif
+  return levels;
 }
 
 }  // namespace rwkv_peft

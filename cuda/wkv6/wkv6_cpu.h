@@ -1,9 +1,7 @@
 // WKV6 on CPU, for fp32 and bf16 elements and any head size.
 #pragma once
 
-#include <string>
-#include <vector>
-
+#include "../cpu_levels.h"
 #include "wkv6_call.h"
 #include "wkv6_cpu_kernels.h"
 
@@ -13,10 +11,6 @@ extern const Device kCpuDevice;
 
 void step_cpu(const Launch& n, const Step& a);
 
-// The sets of kernels that this processor can run, best first; calls take the first unless told otherwise.
-std::vector<std::string> cpu_levels();
-
-// Makes all later calls take this one; returns the one before, or "" and does nothing if it cannot be run here.
-std::string use_cpu_level(const std::string& name);
+CpuLevels<CpuKernels>& cpu_levels();
 
 }  // namespace rwkv_peft

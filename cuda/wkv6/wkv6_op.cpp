@@ -46,8 +46,8 @@ TORCH_LIBRARY(rwkv_peft, m) {
       " -> (Tensor grad_r, Tensor grad_k, Tensor grad_v, Tensor grad_w, Tensor grad_u, Tensor grad_state)");
   m.def("wkv6_step(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor y");
   // For tests: which kernels this CPU can run, best first, and a way to take others than the first.
-  m.def("wkv6_cpu_levels() -> str[]", cpu_levels);
-  m.def("wkv6_use_cpu_level(str level) -> str", use_cpu_level);
+  m.def("wkv6_cpu_levels() -> str[]", [] { return cpu_levels().names(); });
+  m.def("wkv6_use_cpu_level(str level) -> str", [](const std::string& name) { return cpu_levels().use(name); });
 }
 
 TORCH_LIBRARY_IMPL(rwkv_peft, CPU, m) {

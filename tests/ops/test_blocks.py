@@ -9,8 +9,6 @@ from rwkv_peft.ops import blocks
 from rwkv_peft.ops.blocks import column_blocks, mix_blocks, outer_blocks, row_blocks
 from tests.helpers import relative_error
 
-LEVELS = {"plain": 0, "avx2": 1, "avx512": 2}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
@@ -18,30 +16,30 @@ def compiled():
         pytest.skip("the compiled products cannot be built here")
 
 
-def level_or_skip(name):
-    probe = torch.zeros(1, 1, 16)
-    try:
-        torch.ops.rwkv_peft.outer_blocks(probe, probe, None, LEVELS[name])
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    return LEVELS[name]
+@pytest.fixture(params=["avx512", "avx2", "plain"])
+def level(request):
+    """Each set of kernels that this CPU can run, in turn."""
+    ops = torch.ops.rwkv_peft
+    if request.param not in ops.bone_cpu_levels():
+        pytest.skip(f"this CPU has no {request.param}")
+    before = ops.bone_use_cpu_level(request.param)
+    yield request.param
+    assert ops.bone_use_cpu_level(before) == request.param
 
 
-@pytest.mark.parametrize("name", LEVELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("groups", "rows", "r"), [(1, 1, 16), (6, 37, 16), (3, 64, 48), (5, 130, 64), (2, 67, 128)])
-def test_every_instruction_set(name, dtype, groups, rows, r):
-    level = level_or_skip(name)
+def test_every_instruction_set(level, dtype, groups, rows, r):
     torch.manual_seed(0)
     x, other = (column_blocks(torch.randn(rows, groups * r).to(dtype), r) for _ in range(2))
     matrices, tile = torch.randn(groups, r, r), torch.randn(rows, r)
     update = (x.double() + tile.double()) @ matrices.double()
     for out_dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 3e-3)):
-        out, total = torch.ops.rwkv_peft.mix_blocks(x, matrices, tile, True, out_dtype, level)
+        out, total = torch.ops.rwkv_peft.mix_blocks(x, matrices, tile, True, out_dtype)
         assert out.dtype == out_dtype
         assert relative_error(out, x.double() + update) < limit
         assert relative_error(total, update.sum(0)) < 1e-6
-    products = torch.ops.rwkv_peft.outer_blocks(x, other, tile, level)
+    products = torch.ops.rwkv_peft.outer_blocks(x, other, tile)
     assert relative_error(products, (x.double() + tile.double()).mT @ other.double()) < 1e-6
 
 

@@ -61,13 +61,13 @@ def run(name: str, inputs: list[torch.Tensor], trained=None, module=mix) -> dict
 @pytest.fixture(params=["best", "avx2", "plain"])
 def level(request):
     """Every instruction set that this processor can run."""
-    levels = torch.ops.rwkv_peft.mix_levels()
+    levels = torch.ops.rwkv_peft.mix_cpu_levels()
     wanted = levels[0] if request.param == "best" else request.param
     if wanted not in levels or (wanted == levels[0] and request.param != "best"):
         pytest.skip(f"{wanted}: not on this processor, or tested already as its best")
-    before = torch.ops.rwkv_peft.mix_use_level(wanted)
+    before = torch.ops.rwkv_peft.mix_use_cpu_level(wanted)
     yield wanted
-    torch.ops.rwkv_peft.mix_use_level(before)
+    torch.ops.rwkv_peft.mix_use_cpu_level(before)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

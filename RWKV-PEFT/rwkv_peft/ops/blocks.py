@@ -86,10 +86,10 @@ def _load_compiled() -> bool:
     return True
 
 
-def _fake_mix(x, matrices, tile, want_sum, dtype, level=-1):
+def _fake_mix(x, matrices, tile, want_sum, dtype):
     return torch.empty_like(x, dtype=dtype), matrices.new_empty(x.shape[1:] if want_sum else (0,))
 
 
-def _fake_outer(left, right, tile, level=-1):
+def _fake_outer(left, right, tile):
     _, _, r = left.shape
     return left.new_empty((left.shape[0], r, r), dtype=torch.float32)

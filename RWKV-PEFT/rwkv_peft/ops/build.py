@@ -3,7 +3,7 @@
 The sources lie in `<package>/_csrc` when installed and in `<clone>/cuda` in a clone. What is built goes to PyTorch's
 extensions folder (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), named by a hash of all that shapes it.
 
-    python -m rwkv_peft.ops.build    build or find the op of this machine's CPU
+    python -m rwkv_peft.ops.build    build or find the operators of the CPU
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _build(library: Library, folder: Path) -> None:
     with _only_builder(folder), _ninja_on_path():
         if _finished(folder):
             return
-        logger.warning("note: building the operator %s (some 15 s, once)", folder.name)
+        logger.warning("note: building the operator %s (some 10 s, once)", folder.name)
         cpp_extension.load(
             folder.name,
             [str(source_dir() / library.folder / source) for source in library.sources],
@@ -132,7 +132,8 @@ def _build_folder(name: str, library: Library) -> Path:
 def _fingerprint(library: Library) -> str:
     """A hash of everything that shapes the library, so that a stale build is never taken for a fresh one."""
     digest = hashlib.sha256()
-    for path in sorted((source_dir() / library.folder).iterdir()):  # all of it: headers are not listed anywhere
+    sources = [*source_dir().glob("*.h"), *(source_dir() / library.folder).iterdir()]  # headers are not listed anywhere
+    for path in sorted(sources):
         digest.update(path.name.encode() + path.read_bytes())
     facts = [torch.__version__, _compiler(), *CXX_FLAGS, platform.machine()]
     if library.needs_cuda:
@@ -185,9 +186,10 @@ def find_nvcc() -> str | None:
 
 
 def main() -> int:
-    reason = load_library("wkv6")
-    print(reason or "wkv6: built and loaded")
-    return int(reason is not None)
+    reasons = {name: load_library(name) for name, library in LIBRARIES.items() if not library.needs_cuda}
+    for name, reason in reasons.items():
+        print(f"{name}: {reason or 'built and loaded'}")
+    return int(any(reasons.values()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rwkv_peft.ops.build import load_library
 
-CHUNK = {"cpu": 128, "cuda": 32}
+CHUNK = {"cpu": 128, "cuda": 64}
 """Tokens between two states kept for the backward, which computes those in between again. At N = 64 and fp32 a state
 takes as much memory as the r, k, v and w of 16 tokens. On CPU what belongs to one chunk has to stay in a core's L2
 cache (0.5 MB); CUDA's chunks are also what runs in parallel."""
