@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from rwkv_peft.errors import UserError, exit_with_message
 from rwkv_peft.model.init import model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.ops.cross_entropy import linear_cross_entropy
+from rwkv_peft.training.allocator import keep_freed_pages
 from rwkv_peft.training.optim import build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -106,6 +107,8 @@ def add_peer(model: RWKV6, r: int) -> None:
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """One case, in this process: seconds of each counted step, peak and kept memory in MiB."""
     case, dtype = CASES[args.case], DTYPES[args.precision]
+    if args.keep_pages:
+        keep_freed_pages()
     torch.manual_seed(0)
     model = build_model(shape(args), case, dtype, args.device)
     optimizer = build_optimizer(model, OptimConfig(lr_init=1e-5))
@@ -171,10 +174,8 @@ def run_apart(args: argparse.Namespace, case: str) -> dict[str, Any]:
     command = [sys.executable, __file__, "--case", case, "--steps", str(args.steps), "--tokens", str(args.tokens)]
     command += ["--shape", args.shape, "--layers", str(args.layers), "--vocab", str(args.vocab)]
     command += ["--precision", args.precision, "--device", args.device]
-    environment = dict(os.environ)
-    if args.keep_pages:  # glibc's malloc then gives nothing back to the system
-        environment |= {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**40)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    command += ["--keep_pages"] if args.keep_pages else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"bench_train {case}", (done.stderr.strip().splitlines() or ["killed: out of memory?"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
@@ -228,10 +229,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=3, help="Processes of each case, taken in turn [3].")
     parser.add_argument("--steps", type=int, default=1, help="Counted steps of each process, after a warm-up [1].")
-    parser.add_argument(
-        "--only", nargs="+", metavar="TEXT", default=[], help="Only LoRA and cases with these in the name."
-    )
-    parser.add_argument("--keep_pages", action="store_true", help="CPU: the allocator keeps what is freed.")
+    parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"], help="Only LoRA and the cases that match.")
+    parser.add_argument("--keep_pages", action="store_true", help="On a CPU: keep freed memory, as train.py does.")
     parser.add_argument("--json", metavar="FILE", help="Write every figure there too.")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -244,7 +243,7 @@ def main(argv: Sequence[str]) -> None:
     if args.case:
         print(json.dumps(measure(args)))
         return
-    cases = [case for case in CASES if case == LORA or not args.only or any(text in case for text in args.only)]
+    cases = [case for case in CASES if case == LORA or any(fnmatchcase(case, glob) for glob in args.only)]
     if find_spec("peft") is None:
         cases = [case for case in cases if CASES[case].peft != "bat"]
     results: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}

@@ -23,9 +23,13 @@ ROWS_WORTH_WIDENING = 64
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """What products of the rows x (N, I) should be computed in: x's dtype, or fp32 where that is faster."""
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    widens = half and x.shape[0] >= ROWS_WORTH_WIDENING and x.device.type == "cpu" and not _has_amx()
-    return torch.float32 if widens else x.dtype
+    many = x.shape[0] >= ROWS_WORTH_WIDENING
+    return torch.float32 if many and widens(x.dtype, x.device.type) else x.dtype
+
+
+def widens(dtype: torch.dtype, device_type: str) -> bool:
+    """Whether rows of this dtype are multiplied in fp32 on this kind of device, unless they are few."""
+    return dtype in (torch.bfloat16, torch.float16) and device_type == "cpu" and not _has_amx()
 
 
 def _has_amx() -> bool:

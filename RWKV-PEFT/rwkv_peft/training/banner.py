@@ -12,6 +12,7 @@ from rwkv_peft.config import RunConfig
 from rwkv_peft.data.binidx import BinidxMeta
 from rwkv_peft.data.sampling import DataPlan
 from rwkv_peft.model.rwkv6 import RWKV6
+from rwkv_peft.ops.products import widens
 from rwkv_peft.ops.wkv6 import Choice
 from rwkv_peft.peft.inject import adapter_parameters
 from rwkv_peft.training.strategy import activation_dtype, device_type, devices_per_node
@@ -79,4 +80,6 @@ def device_line(config: RunConfig, wkv: Choice) -> str:
     device = device_type(train)
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     dtype = str(activation_dtype(train)).removeprefix("torch.")
+    if widens(activation_dtype(train), device):
+        dtype += ", products in fp32, which this CPU does faster"
     return f"device  {name}; {dtype}; WKV6 {wkv.backend} ({wkv.why}); strategy {train.strategy}"

@@ -27,6 +27,7 @@ from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.ops.wkv6 import active_backend
 from rwkv_peft.peft.adapter_io import AdapterInfo, save_adapter, trained_state
 from rwkv_peft.training import banner
+from rwkv_peft.training.allocator import keep_freed_pages
 from rwkv_peft.training.callbacks import MetricsFile, Progress, SaveEveryEpoch, StepRecorder
 from rwkv_peft.training.loggers import wandb_logger
 from rwkv_peft.training.module import TrainingModule
@@ -65,6 +66,8 @@ def run(config: RunConfig) -> None:
     if config.train.dry_run:
         _dry_run(config)
         return
+    if device_type(config.train) == "cpu":
+        keep_freed_pages()
     check_folder(Path(config.train.proj_dir))
     config = replace(config, data=replace(config.data, random_seed=_seed(config)))
     prepared = prepare(config)
