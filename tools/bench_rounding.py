@@ -46,8 +46,10 @@ def lora_form(x: Tensor, weight: Tensor, size: float) -> tuple[Tensor, Tensor]:
 def arithmetic(wide: bool) -> Iterator[None]:
     """bf16 rows multiplied in fp32, or in bf16, whatever this CPU prefers."""
     before, products._has_amx = products._has_amx, lambda: not wide
-    yield
-    products._has_amx = before
+    try:
+        yield
+    finally:
+        products._has_amx = before
 
 
 def share(form: Form, size: float, draws: int) -> list[float]:

@@ -122,13 +122,14 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         optimizer.zero_grad()
 
     reset_peak(args.device)
+    finish = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     kept = kept_bytes(model, step)  # also warms up
+    finish()
     seconds = []
     for _ in range(args.steps):
         began = time.perf_counter()
         step()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
+        finish()
         seconds.append(time.perf_counter() - began)
     return {"seconds": seconds, "peak": peak_bytes(args.device) / 2**20, "kept": kept / 2**20}
 
@@ -256,8 +257,8 @@ def main(argv: Sequence[str]) -> None:
     print_table(args, results)
     if args.device == "cpu":
         rate = max(product_rate(dtype, shape(args).n_embd, args.tokens) for dtype in DTYPES.values())
-        fastest = statistics.median(seconds for run in results[LORA] for seconds in run["seconds"])
-        share = lora_flops(shape(args), args.tokens, CASES[LORA].options["r"]) / rate / fastest
+        middle = statistics.median(seconds for run in results[LORA] for seconds in run["seconds"])
+        share = lora_flops(shape(args), args.tokens, CASES[LORA].options["r"]) / rate / middle
         print(f"LoRA trains at {share:.0%} of the speed that its products alone would have ({rate / 1e9:.0f} GFLOP/s)")
     if args.json:
         Path(args.json).write_text(json.dumps(results, indent=1))

@@ -26,8 +26,11 @@ from rwkv_peft.errors import ConfigError, UserError, nearest
 METHOD_FLAGS = {"bone_config": "bone", "lora_config": "lora"}
 """RWKV-PEFT's spelling of --peft_config, one flag a method."""
 
-OPTION_FLAGS = {"bone_impl": ("bone", "impl", str), "bone_cp": ("bone", "cp", int)}
-"""Flags that set one option of a method: method, option, kind."""
+OPTION_FLAGS = {
+    "bone_impl": ("bone", "impl", str, "With --peft bone: fused, or materialized as in the paper's code. [fused]"),
+    "bone_cp": ("bone", "cp", int, "With --bone_impl materialized: 1 builds W + dW again in the backward pass. [0]"),
+}
+"""Flags that set one option of a method: method, option, kind, help."""
 
 ONE_VALUE_FLAGS = {"my_testing": "x060", "rwkv_version": "x060", "train_type": "none"}
 """Flags of RWKV-PEFT of which only this value exists here."""
@@ -157,8 +160,8 @@ def build_parser() -> argparse.ArgumentParser:
             _add_flag(group, spec, kinds[spec.name], helps[spec.name])
     for flag in METHOD_FLAGS:
         parser.add_argument(f"--{flag}", nargs="+", help=argparse.SUPPRESS)
-    for flag, (_, _, kind) in OPTION_FLAGS.items():
-        parser.add_argument(f"--{flag}", type=kind, help=argparse.SUPPRESS)
+    for flag, (_, _, kind, text) in OPTION_FLAGS.items():
+        parser.add_argument(f"--{flag}", type=kind, metavar=type_name(kind), help=text)
     for flag in ONE_VALUE_FLAGS:
         parser.add_argument(f"--{flag}", help=argparse.SUPPRESS)
     for flag in IGNORED_FLAGS:
@@ -252,7 +255,7 @@ def _choose_method_options(flags: dict[str, Any]) -> dict[str, Any]:
 
 def _set_single_options(settings: dict[str, Any]) -> dict[str, Any]:
     """`--bone_cp 1` as the option "cp" of the method's options, where it wins over a file's."""
-    for flag, (method, option, _) in OPTION_FLAGS.items():
+    for flag, (method, option, _, _) in OPTION_FLAGS.items():
         if flag not in settings:
             continue
         value, chosen = settings.pop(flag), settings.get("peft", "none")

@@ -35,8 +35,6 @@ struct Outer {
 constexpr int64_t kPackedRows = 64;
 constexpr int64_t kMixRows = 16;
 
-
-
 struct BoneKernels {
   const char* name;
   // `buffer` has room for 2 * kPackedRows * r floats and begins with a cache line.

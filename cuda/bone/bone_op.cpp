@@ -56,7 +56,7 @@ const float* tile_of(const std::optional<Tensor>& tile, const Tensor& x) {
   return tile->const_data_ptr<float>();
 }
 
-// (out, sum); sum is empty unless asked for.
+// (out, sum); sum has no rows unless asked for.
 std::tuple<Tensor, Tensor> mix_blocks(const Tensor& x, const Tensor& matrices, const std::optional<Tensor>& tile,
                                       bool want_sum, at::ScalarType dtype) {
   const int64_t groups = x.size(0), rows = x.size(1), r = x.size(2);
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> mix_blocks(const Tensor& x, const Tensor& matrices, c
                   matrices.is_contiguous(),
               "bone: matrices must be (", groups, ", ", r, ", ", r, "), contiguous; found ", matrices.sizes());
   Tensor out = at::empty_like(x, x.options().dtype(dtype));
-  Tensor sum = want_sum ? at::zeros({rows, r}, x.options().dtype(at::kFloat)) : at::empty({0}, x.options());
+  Tensor sum = at::zeros({want_sum ? rows : 0, r}, x.options().dtype(at::kFloat));
   const Mix a{rows,
               r,
               blocks_of("x", x, x),

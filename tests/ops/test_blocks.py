@@ -105,5 +105,6 @@ def test_wrong_arguments_are_refused(arguments, message):
 def test_opcheck():
     x, matrices = column_blocks(torch.randn(9, 48), 16), torch.randn(3, 16, 16)
     torch.library.opcheck(torch.ops.rwkv_peft.mix_blocks, (x, matrices, torch.randn(9, 16), True, torch.bfloat16))
-    torch.library.opcheck(torch.ops.rwkv_peft.mix_blocks, (x, matrices, None, False, torch.float32))
+    for blocks_in in (x, x.bfloat16()):
+        torch.library.opcheck(torch.ops.rwkv_peft.mix_blocks, (blocks_in, matrices, None, False, torch.float32))
     torch.library.opcheck(torch.ops.rwkv_peft.outer_blocks, (x, x, None))

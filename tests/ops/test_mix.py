@@ -20,7 +20,11 @@ OPTIONS = {"gated_norm": (3, EPS)}
 SHAPES = [(1, 1, 48), (2, 7, 51), (3, 300, 33), (1, 513, 48)]
 """B, T, C: one token, odd sizes, sequences that end inside a chunk of 256 rows, a chunk of one row."""
 
-assert load_native() is None
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled():
+    if reason := load_native():
+        pytest.skip(f"no compiled operators: {reason}")
 
 
 def make_inputs(name: str, B: int, T: int, C: int, dtype=torch.float32, parameter_dtype=None) -> list[torch.Tensor]:

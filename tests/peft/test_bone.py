@@ -265,21 +265,30 @@ def test_materialized_form_equals_the_fused_one(mode, cp):
 def test_bone_checkpointing_keeps_no_materialized_weight(cp, weights_kept):
     options = {"r": 16, "mode": "col", "impl": "materialized", "cp": cp}
     layer = BoneLinear(nn.Linear(512, 512, bias=False), method_config("bone", options))
-    large = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (large.append(t.data_ptr()), t)[1], lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         layer(torch.randn(4, 512, requires_grad=True))
-    built = {pointer for pointer in large if pointer != layer.weight.data_ptr()}
-    assert (len(built) > 2) == bool(weights_kept)
+    large = [t for t in saved if t.numel() == layer.weight.numel() and t.data_ptr() != layer.weight.data_ptr()]
+    assert bool(large) == bool(weights_kept)
 
 
 @pytest.mark.parametrize("mode", FORMS)
 @pytest.mark.parametrize("r", [16, 128])
-@pytest.mark.parametrize("rows", [1, 17, 100])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_and_block_sizes(mode, r, rows, dtype):
+@pytest.mark.parametrize("rows", [1, 17, 100, 8192])
+@pytest.mark.parametrize(
+    ("dtype", "weight_dtype"),
+    [
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.bfloat16),
+    ],
+)
+def test_rows_and_block_sizes(mode, r, rows, dtype, weight_dtype):
     """Output and gradients, on strided input, against the definition in float64 on the same numbers."""
     torch.manual_seed(0)
-    weight = (torch.randn(256, 384) / 20).to(dtype)
+    weight = (torch.randn(256, 384) / 20).to(weight_dtype)
     bone = (torch.randn((384 if mode == "row" else 256) // r, r, r) / 100).requires_grad_()
     x = torch.randn(384, rows).to(dtype).T.requires_grad_()
     grad = torch.randn(rows, 256).to(dtype)
@@ -287,7 +296,7 @@ def test_rows_and_block_sizes(mode, r, rows, dtype):
     exact = [t.detach().double().requires_grad_() for t in (x, bone)]
     reference = exact[0] @ (weight.double() + block_affine_delta(weight.double(), exact[1], mode)).mT
     fast, slow = torch.autograd.grad(y, (x, bone), grad), torch.autograd.grad(reference, exact, grad.double())
-    limit = 1e-6 if dtype == torch.float32 else 1e-2
+    limit = 1e-2 if dtype != torch.float32 else 1e-6 if rows < 1000 else 3e-6  # fp32 sums of thousands of rows
     for name, a, b in zip(("y", "x", "bone"), (y, *fast), (reference, *slow), strict=True):
         assert a.dtype == (torch.float32 if name == "bone" else dtype)
         assert relative_error(a, b) < limit, name
@@ -295,11 +304,25 @@ def test_rows_and_block_sizes(mode, r, rows, dtype):
         assert relative_error(FORMS[mode](x, weight, bone), reference) < limit
 
 
+@pytest.mark.parametrize("rows", [8, 80])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_stochastic_col_leaves_an_fp32_base_alone(half_products, rows, autocast):
+    """bf16 rows on an fp32 weight: it is read, rounded, and never written to."""
+    weight = torch.randn(96, 64)
+    before, x, bone = weight.clone(), torch.randn(rows, 64).bfloat16(), torch.randn(6, 16, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = bone_col(x, weight, bone, True)
+    y.float().sum().backward()
+    assert torch.equal(weight, before)
+    assert relative_error(y, x.double() @ (weight + block_affine_delta(weight, bone, "col")).double().mT) < 2e-2
+
+
 @pytest.mark.parametrize("mode", FORMS)
 def test_autocast_and_accumulated_gradients(mode):
     """An fp32 input meets a bf16 weight; gradients of two batches add up."""
     torch.manual_seed(0)
-    layer = BoneLinear(nn.Linear(64, 96, bias=False, dtype=torch.bfloat16), method_config("bone", {"r": 16}))
+    options = {"r": 16, "mode": mode}
+    layer = BoneLinear(nn.Linear(64, 96, bias=False, dtype=torch.bfloat16), method_config("bone", options))
     nn.init.normal_(layer.bone, std=0.1)
     batches = torch.randn(2, 70, 64)
     with torch.autocast("cpu", torch.bfloat16):

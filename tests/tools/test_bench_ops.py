@@ -1,26 +1,17 @@
 """tools/bench_ops.py: what one measurement waits for, and where it runs. No timing is judged here."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.errors import UserError
 
-PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "bench_ops.py"
 TINY = ModelConfig(n_layer=2, n_embd=128, vocab_size=100).resolved()
 
 
 @pytest.fixture
-def bench_ops(monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))  # the program changes it
-    spec = importlib.util.spec_from_file_location("bench_ops", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench_ops(load_tool):
+    return load_tool("bench_ops")
 
 
 def test_every_run_is_waited_for_and_starts_on_an_idle_device(bench_ops):

@@ -8,8 +8,8 @@ W is (O, I), cut into r x r blocks W_ab (a: output block, b: input block). Three
 
 `block_affine_delta` is the definition. The functions below it never hold a weight-sized tensor for backward.
 A number on the bf16 grid plus less than half a step is itself, and updates of early training are that small. Where
-products are in fp32 (ops/products.py) nothing is rounded before y, once. Where they are in bf16, what the update joins
-(x for row, y for left, W for col) can be rounded stochastically, so that all of it arrives in the mean.
+products are in fp32 (ops/products.py) y is rounded once, and nothing before it. Where they are in bf16, what the update
+joins (x for row, y for left, W for col) can be rounded stochastically, so that all of it arrives in the mean.
 Letters: N rows (batch x time), O out_features, I in_features, r block size; s = sum_b x_b.
 """
 
@@ -17,9 +17,17 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rwkv_peft.ops.blocks import column_blocks, mix_blocks, outer_blocks, row_blocks
-from rwkv_peft.ops.products import linear, product_dtype, times, times_transposed, weight_slices
+from rwkv_peft.ops.products import (
+    in_own_dtype,
+    linear,
+    product_dtype,
+    times,
+    times_transposed,
+    weight_slices,
+)
 
 COL_SLICE_NUMBERS = 2**22
 """Numbers of W + dW that `bone_col` builds at a time, 16 MB in fp32: enough for a fast product."""
@@ -72,8 +80,8 @@ def bone_row(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) 
 def bone_left(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) -> Tensor:
     """y = x (W + dW)^T with dW_ab = B_a^T W_ab + B_a^T, one r x r matrix per *output* block.
 
-    The update acts on the output alone: with h = W x,  y_a = h_a + B_a^T (h_a + s). Backward keeps h + tile(s)
-    in place of x.
+    The update acts on the output alone: with h = W x,  y_a = h_a + B_a^T (h_a + s). Backward keeps h and s in
+    place of x.
 
     Args and returns as `bone_row`, but bone is (O/r, r, r), and what is rounded stochastically is y.
     """
@@ -118,7 +126,7 @@ def add_stochastically(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         (N, M) bf16. The numbers come from torch's generator of the device, which checkpointing replays.
     """
-    bits = a.float().add_(b).view(torch.int32)
+    bits = a.to(torch.float32, copy=True).add_(b).view(torch.int32)
     rows = torch.randint(2**16, (a.shape[0], 1), dtype=torch.int32, device=a.device)
     columns = torch.randint(2**16, (1, a.shape[1]), dtype=torch.int32, device=a.device)
     bits.add_(rows ^ columns)  # carries into the upper half as often as the lower half says
@@ -130,7 +138,7 @@ def _on_rows(form: type[torch.autograd.Function], x: Tensor, weight: Tensor, bon
     rows = x.reshape(-1, x.shape[-1])
     dtype = product_dtype(rows)
     stochastic = stochastic and dtype == torch.bfloat16
-    return form.apply(rows, weight, bone, dtype, stochastic).unflatten(0, x.shape[:-1])
+    return form.apply(rows, weight, bone, dtype, stochastic).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _block_sum(x: Tensor, r: int) -> Tensor:
@@ -153,6 +161,7 @@ class _BoneRow(torch.autograd.Function):
     """`bone_row` on (N, I) rows, computed in `dtype`."""
 
     @staticmethod
+    @in_own_dtype
     def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bone)
         ctx.dtype, r = dtype, bone.shape[-1]
@@ -166,6 +175,8 @@ class _BoneRow(torch.autograd.Function):
         return _add_to_blocks(times_transposed(_rows(mixed), weight), s).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
+    @in_own_dtype
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         x, weight, bone = ctx.saved_tensors
         r, grad_y = bone.shape[-1], grad_y.to(ctx.dtype)
@@ -183,6 +194,7 @@ class _BoneLeft(torch.autograd.Function):
     """`bone_left` on (N, I) rows, computed in `dtype`."""
 
     @staticmethod
+    @in_own_dtype
     def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
         ctx.dtype, r, y_dtype = dtype, bone.shape[-1], x.dtype
         x, bone_ = x.to(dtype), bone.to(dtype)
@@ -194,6 +206,8 @@ class _BoneLeft(torch.autograd.Function):
         return _rows(mix_blocks(column_blocks(h, r), bone_, tile=s, dtype=y_dtype)[0])
 
     @staticmethod
+    @once_differentiable
+    @in_own_dtype
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         h, s, weight, bone = ctx.saved_tensors
         blocks = column_blocks(grad_y, bone.shape[-1])
@@ -215,6 +229,7 @@ class _BoneCol(torch.autograd.Function):
     """
 
     @staticmethod
+    @in_own_dtype
     def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
         ctx.save_for_backward(x, weight, bone)
         ctx.dtype, y_dtype = dtype, x.dtype
@@ -229,6 +244,8 @@ class _BoneCol(torch.autograd.Function):
         return y.to(y_dtype)
 
     @staticmethod
+    @once_differentiable
+    @in_own_dtype
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
         x_saved, weight, bone_saved = ctx.saved_tensors
         x, bone, grad_y = (t.to(ctx.dtype) for t in (x_saved, bone_saved, grad_y))
@@ -284,5 +301,5 @@ def _mixed(weight: Tensor, bone: Tensor, unit: Tensor | None, stochastic: bool) 
     """W_ab + (W_ab + unit) B_a for a slice of W's rows, in bone's dtype: (g*r, I), (g, r, r) -> (g*r, I)."""
     blocks = row_blocks(weight, bone.shape[-1])
     if stochastic:
-        return add_stochastically(weight, torch.bmm(blocks, bone).view(weight.shape))
+        return add_stochastically(weight.to(bone.dtype), torch.bmm(blocks.to(bone.dtype), bone).view(weight.shape))
     return mix_blocks(blocks, bone, tile=unit, dtype=bone.dtype)[0].view(weight.shape)

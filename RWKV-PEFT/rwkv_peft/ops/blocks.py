@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 LANES = 16
 """The compiled products want r to be a multiple of this."""
 
+COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+"""Of blocks; matrices and sums are fp32."""
+
 
 def column_blocks(x: Tensor, r: int) -> Tensor:
     """(N, G*r) -> (G, N, r), a view."""
@@ -39,17 +42,17 @@ def mix_blocks(
         x: (G, N, r) blocks.
         matrices: (G, r, r), in the dtype that products are in.
         tile: (N, r) in that dtype, joins every block.
-        want_sum: or the sum is an empty tensor.
+        want_sum: or the sum has no rows.
         dtype: of the mixed blocks.
     Returns:
         (G, N, r), laid out in memory as x is where its rows are whole, and (N, r) in the matrices' dtype.
     """
-    if _compiled_fits(matrices.dtype, x):
+    if dtype in COMPILED_DTYPES and _compiled_fits(matrices.dtype, x):
         return torch.ops.rwkv_peft.mix_blocks(_with_whole_rows(x), matrices.contiguous(), tile, want_sum, dtype)
     wide = x.to(matrices.dtype)
     update = torch.bmm(wide if tile is None else wide + tile, matrices)  # (G, N, r)
     out = torch.empty_like(x, dtype=dtype).copy_(wide + update)
-    return out, update.sum(0) if want_sum else update.new_empty(0)
+    return out, update.sum(0) if want_sum else update.new_empty((0, update.shape[2]))
 
 
 def outer_blocks(left: Tensor, right: Tensor, *, tile: Tensor | None = None, dtype: torch.dtype) -> Tensor:
@@ -63,14 +66,14 @@ def outer_blocks(left: Tensor, right: Tensor, *, tile: Tensor | None = None, dty
 def _compiled_fits(product_dtype: torch.dtype, *blocks: Tensor) -> bool:
     if product_dtype != torch.float32 or blocks[0].device.type != "cpu" or blocks[0].shape[-1] % LANES:
         return False
-    return all(x.dtype in (torch.float32, torch.bfloat16) for x in blocks) and _has_compiled()
+    return all(x.dtype in COMPILED_DTYPES for x in blocks) and _has_compiled()
 
 
 def _with_whole_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # torch.compile must not look into the building of a library
 def _has_compiled() -> bool:
     return _load_compiled()
 
@@ -87,7 +90,7 @@ def _load_compiled() -> bool:
 
 
 def _fake_mix(x, matrices, tile, want_sum, dtype):
-    return torch.empty_like(x, dtype=dtype), matrices.new_empty(x.shape[1:] if want_sum else (0,))
+    return torch.empty_like(x, dtype=dtype), matrices.new_empty((x.shape[1] if want_sum else 0, x.shape[2]))
 
 
 def _fake_outer(left, right, tile):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from rwkv_peft.ops.products import product_dtype, times, times_transposed
+from rwkv_peft.ops.products import in_own_dtype, product_dtype, times, times_transposed
 from rwkv_peft.ops.reference import L2WRAP
 
 CHUNK_LOGITS = 2**25
@@ -31,20 +32,24 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
     Returns:
         A scalar, in fp32 or wider.
     """
-    return _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, targets.flatten(), mask.flatten())
+    rows = hidden.flatten(0, 1)
+    options = (product_dtype(rows), torch.is_grad_enabled())
+    return _LinearCrossEntropy.apply(rows, weight, targets.flatten(), mask.flatten(), *options)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """On N rows; R of them train."""
+    """On N rows, with products in `dtype`; R of them train."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    @in_own_dtype
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor, dtype: torch.dtype, grad_enabled: bool
+    ) -> Tensor:
         rows = mask.nonzero().squeeze(1)  # (R,)
         share = 1 / max(1, len(rows))
-        dtype = product_dtype(hidden)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        wants_hidden, wants_weight = (wanted and grad_enabled for wanted in ctx.needs_input_grad[:2])
         grad_hidden = torch.zeros_like(hidden) if wants_hidden else None  # (N, C)
         grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None  # (V, C)
         for part in rows.split(max(1, CHUNK_LOGITS // weight.shape[0])):
@@ -61,13 +66,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    @once_differentiable
+    @in_own_dtype
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:

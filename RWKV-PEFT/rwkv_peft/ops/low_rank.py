@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from rwkv_peft.ops.products import product_dtype, times, times_transposed
+from rwkv_peft.ops.products import in_own_dtype, product_dtype, times, times_transposed
 
 
 def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -23,13 +24,15 @@ def lora_linear(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float)
         (..., O) in x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
-    return _LoraLinear.apply(rows, weight, a, b, scaling, product_dtype(rows)).unflatten(0, x.shape[:-1])
+    y = _LoraLinear.apply(rows, weight, a, b, scaling, product_dtype(rows))
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 class _LoraLinear(torch.autograd.Function):
     """`lora_linear` on (N, I) rows, computed in `dtype`."""
 
     @staticmethod
+    @in_own_dtype
     def forward(ctx, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         ctx.scaling, ctx.dtype = scaling, dtype
         wide = x.to(dtype)
@@ -38,6 +41,8 @@ class _LoraLinear(torch.autograd.Function):
         return times_transposed(wide, weight).addmm_(low_rank, b.to(dtype).mT, alpha=scaling).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
+    @in_own_dtype
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, low_rank = ctx.saved_tensors
         wants_x, _, wants_a, wants_b, *_ = ctx.needs_input_grad

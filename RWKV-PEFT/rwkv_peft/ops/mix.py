@@ -13,9 +13,11 @@ import logging
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rwkv_peft.ops import mix_reference
 from rwkv_peft.ops.mix_native import load_native
+from rwkv_peft.ops.products import in_own_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ class _WideDecay(torch.autograd.Function):
     """`decay` for bf16 with products in fp32, which many CPUs do faster. Keeps tanh's output, and x where w1 trains."""
 
     @staticmethod
+    @in_own_dtype
     def forward(ctx, x: Tensor, base: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         low_rank = torch.tanh(x.flatten(0, 1).float() @ w1.float())  # (B*T, R)
         ctx.save_for_backward(low_rank, w1, w2, x if ctx.needs_input_grad[2] else None)
@@ -97,6 +100,8 @@ class _WideDecay(torch.autograd.Function):
         return torch.addmm(base.float(), low_rank, w2.float()).unflatten(0, x.shape[:2])
 
     @staticmethod
+    @once_differentiable
+    @in_own_dtype
     def backward(ctx, grad_w: Tensor) -> tuple[Tensor | None, ...]:
         low_rank, w1, w2, x = ctx.saved_tensors
         _, wants_base, wants_w1, wants_w2 = ctx.needs_input_grad
@@ -112,12 +117,16 @@ class _WideDecay(torch.autograd.Function):
 def _native(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    # Once they are loaded, torch.compile need not look into how that is done.
-    return hasattr(torch.ops.rwkv_peft, "ddlerp") or _available()
+    return _has_compiled()
+
+
+@torch.compiler.assume_constant_result  # torch.compile must not look into the building of a library
+def _has_compiled() -> bool:
+    return _load_compiled()
 
 
 @functools.cache  # so that it is said once
-def _available() -> bool:
+def _load_compiled() -> bool:
     reason = load_native()
     if reason is not None:
         logger.warning("mixes on cpu: slower torch operations, as the compiled ones are missing: %s", reason)

@@ -1,34 +1,39 @@
 """Products with a frozen matrix, in the arithmetic that is fastest and keeps the most.
 
-A CPU without AMX multiplies fp32 faster than bf16 (measured: 1.8x with AVX-512 BF16, 10x with AVX2). There bf16 rows
-are widened to fp32, and the matrix with them, a slice at a time: it stays bf16 in memory, sums are fp32, and whoever
-computes with the widened rows rounds once, at the end. Everywhere else products are in the dtype of the rows.
+A CPU without AMX multiplies fp32 faster than bf16 (measured on x86: 1.8x with AVX-512 BF16, 10x with AVX2). There bf16
+rows, unless they are few, are widened to fp32, and the matrix with them, a slice at a time: it stays bf16 in memory,
+sums are fp32, and whoever computes with the widened rows rounds once, at the end. Everywhere else products are in the
+dtype of the rows.
 Letters: N rows (batch x time), O out_features, I in_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SLICE_NUMBERS = 2**21
 """Numbers of a matrix that are widened at a time: 8 MB in fp32, read again from the cache."""
 
 ROWS_WORTH_WIDENING = 64
-"""With fewer rows a product is limited by reading the matrix, and bf16 is half to read."""
+"""With fewer rows a product is limited by reading the matrix, and bf16 is half to read. Training widens them all the
+same, so that no update is rounded away; generation does not."""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """What products of the rows x (N, I) should be computed in: x's dtype, or fp32 where that is faster."""
-    many = x.shape[0] >= ROWS_WORTH_WIDENING
-    return torch.float32 if many and widens(x.dtype, x.device.type) else x.dtype
+    wanted = x.shape[0] >= ROWS_WORTH_WIDENING or torch.is_grad_enabled()
+    return torch.float32 if wanted and widens(x.dtype, x.device.type) else x.dtype
 
 
 def widens(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether rows of this dtype are multiplied in fp32 on this kind of device, unless they are few."""
+    """Whether rows of this dtype are multiplied in fp32 on this kind of device, unless a few of them are generated."""
     return dtype in (torch.bfloat16, torch.float16) and device_type == "cpu" and not _has_amx()
 
 
@@ -78,24 +83,42 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         (..., O) in x's dtype.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if product_dtype(rows) == x.dtype:
+    dtype = product_dtype(rows)
+    if dtype == x.dtype:
         return F.linear(x, weight.to(x.dtype))
-    return _WideLinear.apply(rows, weight).unflatten(0, x.shape[:-1])
+    return _WideLinear.apply(rows, weight, dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def in_own_dtype(method: Callable[..., Any]) -> Callable[..., Any]:
+    """For forward and backward of an operator that chooses the dtype of its products: autocast would change some.
+
+    A decorator of a Function's static methods.
+    """
+
+    @functools.wraps(method)
+    def run(*arguments: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return method(*arguments)
+
+    return run
 
 
 class _WideLinear(torch.autograd.Function):
-    """`linear` on (N, I) rows, in `product_dtype`."""
+    """`linear` on (N, I) rows, computed in `dtype`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.wide, ctx.x_dtype = product_dtype(x), x.dtype
+    @in_own_dtype
+    def forward(ctx, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype, ctx.x_dtype = dtype, x.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return times_transposed(x.to(ctx.wide), weight).to(x.dtype)
+        return times_transposed(x.to(dtype), weight).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    @once_differentiable
+    @in_own_dtype
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        grad_y = grad_y.to(ctx.wide)
+        grad_y = grad_y.to(ctx.dtype)
         grad_x = times(grad_y, weight).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-        grad_weight = (grad_y.mT @ x.to(ctx.wide)).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_weight
+        grad_weight = (grad_y.mT @ x.to(ctx.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None

@@ -1,0 +1,61 @@
+"""The benchmark of whole steps runs, and its accounting is right. What it measures is no test's business."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rwkv_peft.config import ModelConfig
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_train.py"
+
+
+def test_table_and_json(tmp_path):
+    small = "--shape 0.1B --layers 1 --tokens 16 --vocab 64 --repeats 1 --keep_pages".split()
+    command = [sys.executable, TOOL, *small, "--only", "Bone col", "--json", tmp_path / "figures.json"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "0.1B, 1 layers, bf16, 16 tokens, CPU" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("LoRA ", "Bone"))]
+    assert [line.split("  ")[0] for line in lines[:2]] == ["LoRA", "Bone col"]
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == ["LoRA", "Bone col"]
+    assert all(set(runs[0]) == {"seconds", "peak", "kept"} for runs in figures.values())
+
+
+def test_no_gpu_is_one_clear_line():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = subprocess.run([sys.executable, TOOL, "--device", "cuda"], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --device cuda: this PyTorch sees no CUDA device")
+
+
+def test_kept_bytes_counts_each_storage_once_and_no_parameter(load_tool):
+    layer = nn.Linear(8, 8, bias=False)
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def step():
+        y = layer(x)  # keeps x (128 bytes) and the weight
+        (y * y).sum().backward()  # keeps y, twice (128 bytes)
+
+    assert load_tool("bench_train").kept_bytes(layer, step) == 256
+
+
+def test_flops_of_lora(load_tool):
+    """One product of N x I x O is 2 N I O; the head's gradient stops at its input."""
+    config = ModelConfig(n_layer=1, n_embd=32, vocab_size=64, head_size=32, dim_ffn=96).resolved()
+    layers = 6 * (4 * 32 * 32 + 6 * 2 * 64) + 2 * (4 * 96 * 32 + 6 * 2 * 128)
+    assert load_tool("bench_train").lora_flops(config, tokens=5, r=2) == 5 * (layers + 4 * 32 * 64)
+
+
+def test_rounding_benchmark_sees_all_of_a_large_update(load_tool):
+    bench_rounding = load_tool("bench_rounding")
+    with bench_rounding.arithmetic(wide=False):
+        (share,) = bench_rounding.share(bench_rounding.bone_form("row"), 1e-2, draws=1)
+    assert share == pytest.approx(1, abs=1e-2)
