@@ -30,6 +30,7 @@ from rwkv_peft.ops.wkv6 import wkv6
 from rwkv_peft.ops.wkv6_fla import load_fla
 from rwkv_peft.peft.inject import inject, mark_trainable
 from rwkv_peft.peft.registry import method_config
+from rwkv_peft.training.allocator import keep_freed_pages
 
 METHODS = {
     "LoRA r=32": ("lora", {"r": 32}),
@@ -177,6 +178,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Where the operators run [cpu].")
     parser.add_argument("--runs", type=int, default=7, help="Counted runs of each case [7].")
+    parser.add_argument("--keep_pages", action="store_true", help="On a CPU: keep freed memory, as train.py does.")
     parser.add_argument("--json", metavar="FILE", help="Write every single time there too.")
     return parser.parse_args(argv)
 
@@ -198,6 +200,9 @@ def device_line(device: str) -> str:
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     device = device_line(args.device)
+    if args.keep_pages:
+        keep_freed_pages()
+        device += ", pages kept"
     finish = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     n_layer, n_embd = PUBLIC_SHAPES[args.shape]
     config = ModelConfig(n_layer=n_layer, n_embd=n_embd).resolved()
