@@ -28,7 +28,9 @@ RWKV_PEFT_SCRIPT = """
 """RWKV-PEFT's own scripts/run_bone.sh, but for the shape."""
 
 
-BONE_32 = {"r": 32, "mode": "row", "rounding": "nearest", "impl": "fused", "cp": 0, "load": ""}
+BONE_32 = {
+    "r": 32, "rank_pattern": {}, "load": "", "mode": "row", "g": 0, "rounding": "nearest", "impl": "fused", "cp": 0,
+}  # fmt: skip
 
 
 def resolve(*argv: object) -> RunConfig:
@@ -155,6 +157,28 @@ def test_bad_yaml(yaml, message, tmp_path):
     path.write_text(yaml)
     with pytest.raises(UserError, match=message):
         cli.parse_args(["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "method", "options"),
+    [
+        (["--peft", "disha", "--disha_config", '{"mode":"bat","load":"","r":32}'], "bone", {"r": 32, "mode": "row"}),
+        (["--peft", "disha", "--disha_config", '{"mode":"bone","load":"","r":32}'], "miss", {"r": 32}),
+        (["--peft", "bone", "--bone_config", '{"bone_mode":"bone","r":32}'], "miss", {"r": 32}),
+        (["--peft", "lora", "--lora_config", '{"r":4,"rank_pattern":{"att.*":8,"key":2}}'], "lora", {"r": 4}),
+        (["--peft", "lora_ga", "--peft_config", '{"gamma":8}'], "lora_ga", {"gamma": 8.0, "rslora": True}),
+        (["--peft", "prompt", "--prompt_config", '{"tokens":7}'], "prompt", {"tokens": 7}),
+        (["--peft", "lisa", "--lisa_config", '{"layers":1}'], "lisa", {"layers": 1, "interval": 20}),
+        (["--peft", "adapter"], "adapter", {"r": 64}),
+    ],
+)
+def test_every_method_goes_through_a_saved_config(argv, method, options, tmp_path):
+    shape = ["--n_layer", "1", "--n_embd", "64", "--dry_run"]
+    config = resolve(*shape, *argv)
+    assert config.peft.peft == method
+    assert config.peft.peft_config | options == config.peft.peft_config
+    write_yaml(config, tmp_path / "config.yaml")
+    assert resolve("--config", tmp_path / "config.yaml") == config
 
 
 def test_options_of_a_saved_run_stay_with_its_method(tmp_path):

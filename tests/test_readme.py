@@ -11,7 +11,7 @@ from rwkv_peft.config import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OTHER_PROGRAMS = {"input", "output_prefix", "tokenizer", "text_key", "base_model", "adapter", "output", "dtype"}
+OTHER_PROGRAMS = {"input", "output_prefix", "tokenizer", "text_key", "base_model", "adapter", "output", "dtype", "onto"}
 
 
 def test_the_flag_table_has_every_flag_and_no_other():

@@ -19,7 +19,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.config import PUBLIC_SHAPES, ModelConfig
+from rwkv_peft.config import PUBLIC_SHAPES, ModelConfig, PeftConfig
 from rwkv_peft.errors import UserError, exit_with_message
 from rwkv_peft.model.rwkv6 import Block
 from rwkv_peft.model.state import zero_state
@@ -28,8 +28,7 @@ from rwkv_peft.ops.cross_entropy import linear_cross_entropy
 from rwkv_peft.ops.reference import masked_cross_entropy
 from rwkv_peft.ops.wkv6 import wkv6
 from rwkv_peft.ops.wkv6_fla import load_fla
-from rwkv_peft.peft.inject import inject, mark_trainable
-from rwkv_peft.peft.registry import method_config
+from rwkv_peft.peft.injection import inject
 from rwkv_peft.training.allocator import keep_freed_pages
 
 METHODS = {
@@ -72,8 +71,7 @@ def block_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[st
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.02)
         block = block.to(dtype)
-        inject(block, method, method_config(method, options), targets=["att.*", "ffn.*"])
-        mark_trainable(block, method)
+        inject(block, PeftConfig(peft=method, peft_config=options))
         return lambda: _step(block(x, state)[0], grad, x, block)
 
     return {name: case(*method) for name, method in METHODS.items()}

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -29,8 +29,11 @@ from rwkv_peft.config import PUBLIC_SHAPES, ModelConfig, OptimConfig, PeftConfig
 from rwkv_peft.errors import UserError, exit_with_message
 from rwkv_peft.model.init import model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.ops.cross_entropy import linear_cross_entropy
+from rwkv_peft.peft.injection import targeted
+from rwkv_peft.peft.lisa import LisaConfig
 from rwkv_peft.training.allocator import keep_freed_pages
+from rwkv_peft.training.gradients import mean_gradients
+from rwkv_peft.training.lisa import BlockDraw
 from rwkv_peft.training.optim import build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,6 +49,7 @@ class Case:
     grad_cp: bool = False
     paper: str = ""
     """Speed and memory relative to LoRA in the paper's Table 7 (RWKV-6 1.6B, one 4090), where it has that row."""
+    quant: str = "none"
 
 
 def bone(mode: str, grad_cp: bool = False, paper: str = "", **options: Any) -> Case:
@@ -87,8 +91,19 @@ def build_model(config: ModelConfig, case: Case, dtype: torch.dtype, device: str
     if case.peft == "bat":
         add_peer(model, case.options["r"])
     else:
-        add_adapter(model, PeftConfig(peft=case.peft, peft_config=case.options))
+        peft = PeftConfig(peft=case.peft, peft_config=case.options, quant=case.quant)
+        add_adapter(model, peft, gradients=gradients(model, peft))
     return model
+
+
+def gradients(model: RWKV6, peft: PeftConfig) -> Mapping[str, torch.Tensor] | None:
+    """What LoRA-GA starts from, on one batch of 64 random tokens."""
+    if peft.peft != "lora_ga":
+        return None
+    ids = torch.randint(model.config.vocab_size, (1, 65), device=model.emb.weight.device)
+    targets = ids[:, 1:]
+    batch = {"input_ids": ids[:, :-1], "targets": targets, "loss_mask": torch.ones_like(targets, dtype=torch.bool)}
+    return mean_gradients(model, targeted(model, peft), [batch])
 
 
 def add_peer(model: RWKV6, r: int) -> None:
@@ -104,20 +119,24 @@ def add_peer(model: RWKV6, r: int) -> None:
                     setattr(part, name, BoneLinear(module, "default", r=r, init_weights="bat"))
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
-    """One case, in this process: seconds of each counted step, peak and kept memory in MiB."""
-    case, dtype = CASES[args.case], DTYPES[args.precision]
+def measure(args: argparse.Namespace, case: Case) -> dict[str, float]:
+    """One case, in this process: seconds of each counted step and of the start, peak and kept memory in MiB."""
+    dtype = DTYPES[args.precision]
     if args.keep_pages:
         keep_freed_pages()
     torch.manual_seed(0)
+    began = time.perf_counter()
     model = build_model(shape(args), case, dtype, args.device)
-    optimizer = build_optimizer(model, OptimConfig(lr_init=1e-5))
+    start = time.perf_counter() - began
+    optimizer = build_optimizer(model, OptimConfig(lr_init=1e-5), by_block=case.peft == "lisa")
+    if case.peft == "lisa":
+        BlockDraw(LisaConfig(**case.options), model.config.n_layer, seed=0).apply(model.blocks, optimizer, step=0)
     ids = torch.randint(args.vocab, (1, args.tokens + 1), device=args.device)
     mask = torch.ones(1, args.tokens, dtype=torch.bool, device=args.device)
 
     def step() -> None:
         hidden, _ = model.hidden(ids[:, :-1])
-        linear_cross_entropy(hidden, model.head.weight, ids[:, 1:], mask).backward()
+        model.loss(hidden, ids[:, 1:], mask).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -131,7 +150,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         step()
         finish()
         seconds.append(time.perf_counter() - began)
-    return {"seconds": seconds, "peak": peak_bytes(args.device) / 2**20, "kept": kept / 2**20}
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = {"peak": peak_bytes(args.device) / 2**20, "kept": kept / 2**20}
+    return {"seconds": seconds, "start": start, "trained": trained, **memory}
 
 
 def kept_bytes(model: nn.Module, step: Any) -> int:
@@ -170,15 +191,15 @@ def shape(args: argparse.Namespace) -> ModelConfig:
     return ModelConfig(n_layer=args.layers or layers, n_embd=width, vocab_size=args.vocab).resolved()
 
 
-def run_apart(args: argparse.Namespace, case: str) -> dict[str, Any]:
+def run_apart(program: str, args: argparse.Namespace, case: str) -> dict[str, Any]:
     """`measure` in a new process, with freed pages kept or not."""
-    command = [sys.executable, __file__, "--case", case, "--steps", str(args.steps), "--tokens", str(args.tokens)]
+    command = [sys.executable, program, "--case", case, "--steps", str(args.steps), "--tokens", str(args.tokens)]
     command += ["--shape", args.shape, "--layers", str(args.layers), "--vocab", str(args.vocab)]
     command += ["--precision", args.precision, "--device", args.device]
     command += ["--keep_pages"] if args.keep_pages else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"bench_train {case}", (done.stderr.strip().splitlines() or ["killed: out of memory?"])[-1])
+        raise UserError(f"benchmark of {case}", (done.stderr.strip().splitlines() or ["killed: out of memory?"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -201,12 +222,18 @@ def lora_flops(config: ModelConfig, tokens: int, r: int) -> float:
     return tokens * (config.n_layer * block + 4 * c * config.vocab_size)
 
 
-def print_table(args: argparse.Namespace, results: Mapping[str, list[dict[str, Any]]]) -> None:
+Results = Mapping[str, list[dict[str, Any]]]
+"""The figures of every run of every case; the others are compared with the first."""
+
+
+def print_table(args: argparse.Namespace, results: Results, heading: str, last: Callable[[str], str]) -> None:
+    """Speed and memory of every case, and what `last` says of it, under `heading`."""
+
     def middle(case: str, key: str) -> float:
         return statistics.median(run[key] for run in results[case])
 
     base = next(iter(results))
-    print(f"{'':<36} {'tokens/s (slowest to fastest)':>30}  speed  peak MiB  memory  kept MiB  paper: speed, memory")
+    print(f"{'':<36} {'tokens/s (slowest to fastest)':>30}  speed  peak MiB  memory  kept MiB  {heading}")
     for case, runs in results.items():
         rates = sorted(args.tokens / seconds for run in runs for seconds in run["seconds"])
         ratio = statistics.median(rates) / statistics.median(
@@ -216,12 +243,12 @@ def print_table(args: argparse.Namespace, results: Mapping[str, list[dict[str, A
         memory = middle(case, "peak") / middle(base, "peak")
         print(
             f"{case:<36} {spread:>30}  x{ratio:.3f}  {middle(case, 'peak'):8.0f}  x{memory:.3f}  "
-            f"{middle(case, 'kept'):8.0f}  {CASES[case].paper}"
+            f"{middle(case, 'kept'):8.0f}  {last(case)}"
         )
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="tools/bench_train.py", description=__doc__, allow_abbrev=False)
+def parse_args(argv: Sequence[str], cases: Mapping[str, Case], description: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--shape", choices=PUBLIC_SHAPES, default="0.1B", help="Public model size [0.1B].")
     parser.add_argument("--layers", type=int, default=0, help="Fewer layers than the shape has; 0 is all [0].")
     parser.add_argument("--vocab", type=int, default=65536, help="Rows of embedding and head [65536].")
@@ -233,35 +260,43 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"], help="Only LoRA and the cases that match.")
     parser.add_argument("--keep_pages", action="store_true", help="On a CPU: keep freed memory, as train.py does.")
     parser.add_argument("--json", metavar="FILE", help="Write every figure there too.")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=cases, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str]) -> None:
-    args = parse_args(argv)
+def run_cases(program: str, args: argparse.Namespace, cases: Mapping[str, Case]) -> Results | None:
+    """Every asked-for case, in turn; None where this process is one of them, and has printed its figures."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda", "this PyTorch sees no CUDA device", hint="Leave the flag away for the CPU.")
     if args.case:
-        print(json.dumps(measure(args)))
-        return
-    cases = [case for case in CASES if case == LORA or any(fnmatchcase(case, glob) for glob in args.only)]
+        print(json.dumps(measure(args, cases[args.case])))
+        return None
+    chosen = [case for case in cases if case == LORA or any(fnmatchcase(case, glob) for glob in args.only)]
     if find_spec("peft") is None:
-        cases = [case for case in cases if CASES[case].peft != "bat"]
-    results: dict[str, list[dict[str, Any]]] = {case: [] for case in cases}
+        chosen = [case for case in chosen if cases[case].peft != "bat"]
+    results: dict[str, list[dict[str, Any]]] = {case: [] for case in chosen}
     for _ in range(args.repeats):
-        for case in cases:
-            results[case].append(run_apart(args, case))
+        for case in chosen:
+            results[case].append(run_apart(program, args, case))
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
     place = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     pages = ", pages kept" if args.keep_pages else ""
     print(f"\n{args.shape}, {shape(args).n_layer} layers, {args.precision}, {args.tokens} tokens, {place}{pages}")
-    print_table(args, results)
+    return results
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(argv, CASES, __doc__)
+    results = run_cases(__file__, args, CASES)
+    if results is None:
+        return
+    print_table(args, results, "paper: speed, memory", lambda case: CASES[case].paper)
     if args.device == "cpu":
         rate = max(product_rate(dtype, shape(args).n_embd, args.tokens) for dtype in DTYPES.values())
         middle = statistics.median(seconds for run in results[LORA] for seconds in run["seconds"])
         share = lora_flops(shape(args), args.tokens, CASES[LORA].options["r"]) / rate / middle
         print(f"LoRA trains at {share:.0%} of the speed that its products alone would have ({rate / 1e9:.0f} GFLOP/s)")
-    if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

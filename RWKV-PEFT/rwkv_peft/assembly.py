@@ -1,6 +1,7 @@
 """Base model + adapter = what trains, generates and merges: the one place that puts them together.
 
-The order matters: build, load the base strictly, inject and initialise from the full weights, mark what trains.
+The order matters: build, load the base strictly, inject and initialise from the full weights (or load the adapter),
+mark what trains, quantise.
 """
 
 from __future__ import annotations
@@ -25,21 +26,54 @@ from rwkv_peft.peft.adapter_io import (
     read_adapter,
     read_pth_adapter,
 )
-from rwkv_peft.peft.inject import adapter_parameters, inject, mark_trainable, train_only
-from rwkv_peft.peft.registry import layer_class, method_config
+from rwkv_peft.peft.injection import (
+    STORED,
+    adapter_parameters,
+    derive_bases,
+    inject,
+    mark_trainable,
+    train_only,
+)
+from rwkv_peft.peft.quant import quantise_base
+from rwkv_peft.peft.registry import canonical
+
+MEANING = ("mode", "r", "rank_pattern", "alpha", "rslora", "gamma", "g", "tokens")
+"""The options that decide what an adapter's tensors mean."""
 
 
-def add_adapter(model: RWKV6, peft: PeftConfig) -> list[str]:
-    """Inject the method's layers and mark what trains, in place; the names of the layers that carry an adapter."""
-    dtype = torch.float32 if peft.adapter_dtype == "fp32" else torch.bfloat16
-    options = method_config(peft.peft, peft.peft_config)
-    targets = inject(model, peft.peft, options, dtype=dtype) if layer_class(peft.peft) else []
-    mark_trainable(model, peft.peft, peft.train_parts, dtype)
+@dataclass(frozen=True)
+class Start:
+    """An adapter to go on from."""
+
+    path: str
+    tensors: Mapping[str, Tensor]
+    tokenizer: Mapping[str, Any] | None
+    """Identity of its data's tokenizer, where it knows."""
+
+
+def add_adapter(
+    model: RWKV6, peft: PeftConfig, *, start: Start | None = None, gradients: Mapping[str, Tensor] | None = None
+) -> list[str]:
+    """Put the method onto the model and mark what trains, in place; the names of the layers that carry an adapter.
+
+    Args:
+        model: with its base loaded (or on meta, where nothing is initialised).
+        peft: the method.
+        start: take the trained values from there.
+        gradients: see peft.inject.
+    """
+    method, _ = canonical(peft.peft, peft.peft_config)
+    targets = inject(model, peft, gradients=gradients, initialise=start is None)
+    mark_trainable(model, method, peft.train_parts, STORED[peft.adapter_dtype])
+    if start is not None:
+        load_trained(model, start.tensors, start.path)
+        derive_bases(model)
+    quantise_base(model, peft.quant)
     return targets
 
 
-def warm_start(model: RWKV6, peft: PeftConfig, base_fingerprint: Mapping[str, Any], base: str) -> AdapterInfo | None:
-    """Load the adapter named by the method's `load` option; its description, None for a `.pth` of RWKV-PEFT.
+def warm_start(peft: PeftConfig, base_fingerprint: Mapping[str, Any], base: str) -> Start:
+    """Read the adapter named by the method's `load` option; a `.pth` of RWKV-PEFT does not say what it is.
 
     Raises:
         CheckpointError: another method, other options, or another base than the adapter's.
@@ -48,20 +82,15 @@ def warm_start(model: RWKV6, peft: PeftConfig, base_fingerprint: Mapping[str, An
     if path.endswith(".pth"):
         if peft.peft_config.get("mode", "row") != "row":
             raise CheckpointError(path, "RWKV-PEFT's .pth adapters are Bone row", found=peft.peft_config["mode"])
-        load_trained(model, read_pth_adapter(path), path)
-        return None
+        return Start(path, read_pth_adapter(path), None)
     tensors, info = read_adapter(path)
     check_same_base(info, base_fingerprint, path, base)
-    for name, found, expected in (("method", peft.peft, info.method), *_layout(peft.peft_config, info.options)):
+    ours, theirs = peft.peft_config, info.options
+    options = [(name, ours.get(name), theirs.get(name)) for name in MEANING]
+    for name, found, expected in (("method", peft.peft, info.method), *options):
         if found != expected:
             raise CheckpointError(path, f"has {name} {expected}, this run {found}", hint="Make them the same.")
-    load_trained(model, tensors, path)
-    return info
-
-
-def _layout(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The options that decide what a tensor means, of a run and of an adapter."""
-    return [(name, ours.get(name), theirs.get(name)) for name in ("mode", "r", "alpha")]
+    return Start(path, tensors, info.tokenizer)
 
 
 @dataclass(frozen=True)
@@ -76,28 +105,55 @@ class Loaded:
     info: AdapterInfo
 
 
-def load_with_adapter(base_model: str | Path, adapter: str | Path, *, dtype: torch.dtype | None = None) -> Loaded:
+def load_with_adapter(
+    base_model: str | Path,
+    adapter: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    as_trained: bool = False,
+    says: PeftConfig | None = None,
+) -> Loaded:
     """The model that was trained: everything but the base is read from the adapter file.
 
     Args:
         base_model: `.pth` the adapter was trained on.
-        adapter: `.safetensors` of a run.
+        adapter: `.safetensors` of a run, or a `.pth` of RWKV-PEFT.
         dtype: of the activations and the large matrices; None keeps the base's.
+        as_trained: hold the base as it was held while it trained: in that dtype, quantised if it was.
+        says: the method of a `.pth`, which does not say it.
     Raises:
         CheckpointError: a damaged file, or another base.
     """
     base = load_base(base_model)
-    trained, info = read_adapter(adapter)
-    check_same_base(info, fingerprint(base), adapter, base_model)
-    model = model_from_state(shape_of(base, base_model), base, base_model, dtype=dtype or base["emb.weight"].dtype)
+    if says is None:
+        trained, info = read_adapter(adapter)
+        check_same_base(info, fingerprint(base), adapter, base_model)
+    else:
+        trained, info = _described(read_pth_adapter(adapter), says, base)
+    dtype = getattr(torch, info.dtype) if as_trained else dtype or base["emb.weight"].dtype
+    model = model_from_state(shape_of(base, base_model), base, base_model, dtype=dtype)
+    peft = PeftConfig(peft=info.method, peft_config=info.options, peft_targets=tuple(info.targets))
     try:
-        inject(model, info.method, method_config(info.method, info.options), targets=info.targets)
+        inject(model, peft, initialise=False)
     except ConfigError as error:  # not the user's flags: what the file says
         raise CheckpointError(str(adapter), f"damaged description ({error})") from error
     base_parts = {name for name in trained if name in base}
     train_only(model, adapter_parameters(model) | base_parts, torch.float32)
     load_trained(model, trained, adapter)
+    derive_bases(model)
+    if as_trained:
+        quantise_base(model, info.quant)
     return Loaded(model.eval(), base, trained, info)
+
+
+def _described(
+    tensors: dict[str, Tensor], says: PeftConfig, base: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], AdapterInfo]:
+    """A `.pth` adapter's tensors with the description that flags give of it."""
+    method, options = canonical(says.peft, says.peft_config)
+    layers = {name.rpartition(".")[0] for name in tensors if name not in base and "." in name}
+    info = AdapterInfo(method=method, options=options, targets=sorted(layers), fingerprint=fingerprint(base))
+    return tensors, info
 
 
 def load_plain(model: str | Path, *, dtype: torch.dtype | None = None) -> RWKV6:

@@ -23,7 +23,9 @@ from rwkv_peft.config import SECTIONS, DataConfig, ModelConfig, OptimConfig, Pef
 from rwkv_peft.config_file import converter, read_yaml, type_name
 from rwkv_peft.errors import ConfigError, UserError, nearest
 
-METHOD_FLAGS = {"bone_config": "bone", "lora_config": "lora"}
+METHOD_FLAGS = {
+    f"{method}_config": method for method in "bone miss disha lora dora pissa olora lora_ga adapter prompt lisa".split()
+}
 """RWKV-PEFT's spelling of --peft_config, one flag a method."""
 
 OPTION_FLAGS = {
@@ -91,16 +93,17 @@ def check(settings: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: a value out of range, an unknown method, a bad option.
     """
-    from rwkv_peft.peft.registry import method_config
+    from rwkv_peft.peft.registry import canonical, method_config
 
     def section(cls: type) -> Any:
         return cls(**{spec.name: settings[spec.name] for spec in fields(cls) if spec.name in settings})
 
     peft = section(PeftConfig)
-    options = method_config(peft.peft, peft.peft_config)
+    method, options = canonical(peft.peft, peft.peft_config)
+    options = method_config(method, options)
     return RunConfig(
         model=section(ModelConfig),
-        peft=replace(peft, peft_config=asdict(options)),
+        peft=replace(peft, peft=method, peft_config=asdict(options)),
         data=section(DataConfig),
         optim=section(OptimConfig),
         train=section(TrainConfig),

@@ -78,15 +78,17 @@ class PeftConfig:
     """What trains, and by which method."""
 
     peft: str = "none"
-    """Fine-tuning method: bone, lora, or none (every weight trains)."""
+    """Method: bone, miss, lora, dora, pissa, olora, lora_ga, adapter, prompt, lisa, or none (everything trains)."""
     peft_config: Mapping[str, Any] = field(default_factory=dict)
-    """Options of the method as JSON, in single quotes: '{"r":64,"mode":"row"}'. --bone_config and --lora_config too."""
+    """Options of the method as JSON, in single quotes: '{"r":64,"mode":"row"}'. Also --bone_config and so on."""
+    peft_targets: tuple[str, ...] = ()
+    """Layers that carry an adapter: att, ffn, head, emb, or globs over names such as att.key; att ffn unless said."""
     train_parts: tuple[str, ...] = ()
     """Base parameters that train beside the adapter: time (time_*), ln (ln*), or globs over name segments."""
     adapter_dtype: Literal["fp32", "bf16"] = "fp32"
     """Storage of the trained parameters; fp32 keeps small updates that bf16 would round away."""
-    quant: Literal["none"] = "none"
-    """Quantisation of the frozen base. Only none so far."""
+    quant: Literal["none", "nf4", "fp4", "int8"] = "none"
+    """How the frozen base is held: as it is, or quantised by bitsandbytes to 4 bits (nf4, fp4) or 8 (int8)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +178,8 @@ class TrainConfig:
     """Number of machines."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic of the model; auto is bf16 on a GPU that has it, else fp32; fp16 is refused until it is tested."""
-    strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2"] = "auto"
-    """How devices share the work (Lightning's names)."""
+    strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
+    """How devices share the work (Lightning's names); deepspeed_stage_3 shares out the frozen base too."""
     grad_cp: Literal[0, 1] = 0
     """1: recompute each block in the backward pass; less memory, one more forward pass."""
     wkv: Literal["auto", "native", "fla", "torch", "reference"] = "auto"

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rwkv_peft.config import PeftConfig
 from rwkv_peft.ops.cross_entropy import linear_cross_entropy
 from rwkv_peft.ops.reference import masked_cross_entropy
 from rwkv_peft.peft.base import PeftLinear
-from rwkv_peft.peft.inject import inject, mark_trainable
-from rwkv_peft.peft.registry import method_config
+from rwkv_peft.peft.injection import inject
 from tests.gpu.devices import assert_as_good_as_plain, assert_rounded_once, each_device
 
 LAYERS = {
@@ -33,8 +33,7 @@ def adapted_layer(method: str, options: dict) -> PeftLinear:
     """A bf16 layer of 96 x 64 with fp32 adapters that are not zero, and that bf16 holds exactly."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96, bias=False, dtype=torch.bfloat16))
-    inject(model, method, method_config(method, options), targets=["0"])
-    mark_trainable(model, method)
+    inject(model, PeftConfig(peft=method, peft_config=options, peft_targets=("0",)))
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.1)
@@ -51,7 +50,7 @@ def test_layer_is_as_good_as_the_plain_computation(device, name):
 
     def run(layer: PeftLinear, x: Tensor, materialised: bool) -> dict[str, Tensor]:
         x = x.detach().requires_grad_()
-        weight = (layer.weight + layer.delta_weight()).to(x.dtype) if materialised else None
+        weight = layer.effective_weight().to(x.dtype) if materialised else None
         y = layer(x) if weight is None else F.linear(x, weight)
         inputs = (x, *(getattr(layer, adapter) for adapter in layer.adapter_names))
         return results(("x", *layer.adapter_names), y, inputs, grad.to(y))

@@ -6,15 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_peft.assembly import add_adapter
-from rwkv_peft.config import ModelConfig, PeftConfig
+from rwkv_peft.config import PeftConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.model.init import model_on_meta
 from rwkv_peft.ops import products
 from rwkv_peft.ops.block_affine import add_stochastically, block_affine_delta, bone_col, bone_left, bone_row
 from rwkv_peft.peft.bone import BoneLinear
-from rwkv_peft.peft.inject import inject
-from rwkv_peft.peft.registry import method_config
+from rwkv_peft.peft.injection import inject
+from rwkv_peft.peft.registry import canonical, method_config
 from tests.helpers import TINY, relative_error
 
 FORMS = {"row": bone_row, "col": bone_col, "left": bone_left}
@@ -97,24 +96,10 @@ def test_non_contiguous_input():
     assert relative_error(bone_col(x, weight, bone), bone_col(x.contiguous(), weight, bone)) < 1e-6
 
 
-# The paper's Table 2: trainable parameters at r=64, and LoRA r=32 the same.
-@pytest.mark.parametrize(
-    ("n_layer", "n_embd", "count"), [(24, 2048, 33_030_144), (32, 2560, 55_050_240), (32, 4096, 88_080_384)]
-)
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [("bone", {"r": 64}), ("bone", {"r": 64, "mode": "col"}), ("bone", {"r": 64, "mode": "left"}), ("lora", {"r": 32})],
-)
-def test_trainable_parameters_are_the_papers(n_layer, n_embd, count, method, options):
-    model = model_on_meta(ModelConfig(n_layer=n_layer, n_embd=n_embd).resolved())
-    add_adapter(model, PeftConfig(peft=method, peft_config=options))
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
-
-
 def test_r_that_does_not_fit_names_the_matrix_and_what_fits():
     model = model_on_meta(TINY)
     with pytest.raises(ConfigError) as error:
-        inject(model, "bone", method_config("bone", {"r": 48}))
+        inject(model, PeftConfig(peft="bone", peft_config={"r": 48}))
     message = str(error.value)
     assert "r=48: does not fit blocks.0.att.receptance.weight (64 x 64): 48 does not divide 64" in message
     assert "8, 16, 32, 64" in message
@@ -130,21 +115,19 @@ def test_r_that_does_not_fit_names_the_matrix_and_what_fits():
     ],
 )
 def test_older_spellings(options, expected):
-    config = method_config("bone", options)
+    config = method_config(*canonical("bone", options))
     assert (config.r, config.mode) == expected
 
 
-def test_ambiguous_and_later_spellings_are_explained():
+def test_an_ambiguous_spelling_is_explained():
     with pytest.raises(ConfigError, match="bat is col; RWKV-PEFT's bone_mode bat is row"):
-        method_config("bone", {"mode": "bat"})
-    with pytest.raises(ConfigError, match="miss"):
-        method_config("bone", {"bone_mode": "bone"})
+        method_config(*canonical("bone", {"mode": "bat"}))
 
 
 def test_goes_onto_a_foreign_module():
     """Any module of plain nn.Linear layers will do."""
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
-    assert inject(model, "bone", method_config("bone", {"r": 16}), targets=["*"]) == ["0", "2"]
+    assert inject(model, PeftConfig(peft="bone", peft_config={"r": 16}, peft_targets=("*",))) == ["0", "2"]
     assert set(model.state_dict()) == {"0.weight", "0.bias", "0.bone", "2.weight", "2.bias", "2.bone"}
 
 

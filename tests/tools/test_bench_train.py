@@ -25,7 +25,7 @@ def test_table_and_json(tmp_path):
     assert [line.split("  ")[0] for line in lines[:2]] == ["LoRA", "Bone col"]
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert list(figures) == ["LoRA", "Bone col"]
-    assert all(set(runs[0]) == {"seconds", "peak", "kept"} for runs in figures.values())
+    assert all(set(runs[0]) == {"seconds", "start", "trained", "peak", "kept"} for runs in figures.values())
 
 
 def test_no_gpu_is_one_clear_line():

@@ -20,29 +20,15 @@ from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.peft.adapter_io import read_adapter
 from rwkv_peft.training.run import run
-from tests.helpers import relative_error, with_shape, write_base
+from tests.helpers import relative_error, write_base
+from tests.training.small_runs import SHAPE, train, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = with_shape(vocab_size=257)
-TEXTS = [f"User: What is {a} plus {b}?\n\nAssistant: {a + b}." for a in range(12) for b in range(8)]
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[str]:
-    """Flags naming a small base and a small data set."""
-    write_base(tmp_path / "base.pth", SHAPE)
-    tokenizer = load_tokenizer("bytes")
-    with BinidxWriter(tmp_path / "data", tokenizer) as writer:
-        for text in TEXTS:
-            writer.add_document([*tokenizer.encode(text), tokenizer.eod])
-    return ["--load_model", f"{tmp_path}/base.pth", "--data_file", f"{tmp_path}/data"]
-
-
-def train(folder: Path, inputs: list[str], *more: str) -> list[dict]:
-    """Run and return the lines of metrics.jsonl."""
-    common = "--dataload pad --ctx_len 48 --micro_bsz 4 --epoch_steps 6 --lr_init 1e-3 --lr_final 1e-3".split()
-    run(cli.resolve(cli.parse_args([*inputs, *common, "--proj_dir", str(folder), *more])))
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return write_inputs(tmp_path)
 
 
 BONE = ["--peft", "bone", "--bone_config", '{"r":16}']
@@ -97,16 +83,25 @@ def test_runs_repeat_and_checkpointing_changes_nothing(inputs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "precision"), [("deepspeed_stage_1", "bf16"), ("deepspeed_stage_2", "fp32")])
+@pytest.mark.parametrize(
+    ("strategy", "precision"),
+    [("deepspeed_stage_1", "bf16"), ("deepspeed_stage_2", "fp32"), ("deepspeed_stage_3", "bf16")],
+)
 def test_deepspeed_equals_plain_training(strategy, precision, inputs, tmp_path):
-    """Losses and gradient norms, under accumulation, where the loss must be divided once only."""
+    """Losses and gradient norms, under accumulation, where the loss must be divided once only; adapters stay fp32.
+
+    In bf16 a difference in an adapter's last bit rounds some activations the other way: 8e-5 of a loss after two steps.
+    """
+    exact = precision == "fp32"
     more = ["--accumulate_grad_batches", "2", "--precision", precision]
     plain = train_in_a_process(tmp_path / "a", inputs, *more)
     deep = train_in_a_process(tmp_path / "b", inputs, *more, "--strategy", strategy)
     assert len(plain) == len(deep) == 3
     for a, b in zip(plain, deep, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5 if exact else 5e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4 if exact else 1e-3)
+    tensors, _ = read_adapter(tmp_path / "b" / "rwkv-0.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -140,7 +135,7 @@ def test_an_adapter_on_a_model_from_scratch_keeps_its_base(inputs, tmp_path):
 def test_lora_trains_through_the_same_registry(inputs, tmp_path):
     rows = train(tmp_path / "run", inputs, "--peft", "lora", "--lora_config", '{"lora_r":8,"lora_alpha":16}')
     tensors, info = read_adapter(tmp_path / "run" / "rwkv-0.safetensors")
-    assert info.options == {"r": 8, "alpha": 16.0, "dropout": 0.0, "load": ""}
+    assert (info.options["r"], info.options["alpha"], info.options["dropout"]) == (8, 16.0, 0.0)
     assert {name.rsplit(".", 1)[1] for name in tensors} == {"lora_A", "lora_B"}
     assert rows[-1]["loss"] < rows[0]["loss"]
 
@@ -232,20 +227,39 @@ def test_every_wkv_backend_trains_the_same(inputs, tmp_path):
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
 
 
+ZERO_3 = ["--strategy", "deepspeed_stage_3", "--devices", "2"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("signal_", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_saves_and_says_so(signal_, code, inputs, tmp_path):
+@pytest.mark.parametrize("more", [[], ZERO_3], ids=["alone", "zero_3"])
+def test_a_stopped_run_saves_and_says_so(more, signal_, code, inputs, tmp_path):
+    """Also where two processes each hold a share of every parameter."""
+    returncode, output = stop_a_run(signal_, tmp_path / "run", inputs, *more)
+    assert returncode == code, output
+    assert "stopped by a signal after step" in output
+    tensors, info = read_adapter(tmp_path / "run" / "rwkv-stopped.safetensors")
+    assert set(tensors) == {f"{name}.bone" for name in info.targets}
+    assert all(tensor.shape[1:] == (16, 16) and tensor.abs().max() > 0 for tensor in tensors.values())
+
+
+def test_after_a_run_the_signals_are_as_before(inputs, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    train(tmp_path / "run", inputs, *BONE)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def stop_a_run(signal_: signal.Signals, folder: Path, inputs: list[str], *more: str) -> tuple[int, str]:
+    """Exit code and output of a run that gets a signal once it trains."""
     flags = "--ctx_len 48 --epoch_steps 100000 --lr_init 1e-3".split()
-    command = [sys.executable, "train.py", *inputs, *flags, *BONE, "--proj_dir", str(tmp_path / "run")]
+    command = [sys.executable, "train.py", *inputs, *flags, *BONE, "--proj_dir", str(folder), *more]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics = folder / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
         time.sleep(0.1)
     process.send_signal(signal_)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output
-    assert "stopped by a signal after step" in output
-    assert read_adapter(tmp_path / "run" / "rwkv-stopped.safetensors")
+    return process.returncode, output
 
 
 def test_warm_start_from_an_adapter_of_rwkv_peft(inputs, tmp_path):

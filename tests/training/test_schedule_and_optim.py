@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rwkv_peft.config import OptimConfig
-from rwkv_peft.peft.inject import mark_trainable
+from rwkv_peft.peft.injection import mark_trainable
 from rwkv_peft.training.callbacks import Progress, StepMetrics
 from rwkv_peft.training.optim import build_optimizer, parameter_groups
 from rwkv_peft.training.schedule import learning_rate

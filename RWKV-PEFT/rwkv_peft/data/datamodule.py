@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxReader
@@ -74,6 +75,12 @@ class BinidxDataModule(pl.LightningDataModule):
         # No workers: a sample of mapped memory takes about 40 us, less than passing it between processes.
         dataset = SampleDataset(self._ready(), config.random_seed)
         return DataLoader(dataset, batch_size=config.micro_bsz, sampler=sampler, num_workers=0)
+
+    def first_samples(self, count: int) -> Iterator[dict[str, Tensor]]:
+        """The run's first samples as batches of one, after `setup`: the same whatever the batch and the devices are."""
+        dataset = SampleDataset(self._ready(), self.config.random_seed)
+        for index in range(count):
+            yield default_collate([dataset[self.config.epoch_begin, index]])
 
     def _ready(self) -> Samples:
         if self._samples is None:

@@ -8,7 +8,6 @@ from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxReader
 from rwkv_peft.data.sampling import Samples
 from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.ops.cross_entropy import linear_cross_entropy
 
 
 @torch.no_grad()
@@ -35,6 +34,6 @@ def held_out_loss(model: RWKV6, data_file: str, *, ctx_len: int = 1024, batch: i
         )
         trained = int(mask.sum())
         hidden, _ = model.hidden(ids)
-        total += float(linear_cross_entropy(hidden, model.head.weight, targets, mask)) * trained
+        total += float(model.loss(hidden, targets, mask)) * trained
         count += trained
     return total / count

@@ -8,10 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_peft.assembly import Loaded, load_with_adapter
+from rwkv_peft.assembly import Loaded, load_plain, load_with_adapter
 from rwkv_peft.checkpoint import save_base
+from rwkv_peft.config import PeftConfig
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.peft.inject import peft_layers
+from rwkv_peft.peft.injection import peft_layers
+from rwkv_peft.peft.quant import QuantizedWeight
+from rwkv_peft.peft.registry import method_of
+
+PROBE_TOKENS = 64
+"""Length of the text that shows how far a merge is from what trained."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,8 @@ class MergeReport:
     """Share of dW that the stored weights moved along it: 1 is all; storage in bf16 rounds small updates away."""
     dtype: torch.dtype
     """Of the stored matrices."""
+    probe: float | None
+    """Where the base was quantised in training: how far the merged model's logits are from those that trained."""
 
     def __str__(self) -> str:
         text = (
@@ -38,11 +46,19 @@ class MergeReport:
         )
         if self.realised < 0.9:
             text += "\nThe stored dtype rounds part of the training away: --dtype fp32 keeps it."
+        if self.probe is not None:
+            text += f"\nlogits of {PROBE_TOKENS} tokens differ by {self.probe:.2%} from those on the quantised base"
         return text
 
 
 def merge(
-    base_model: str | Path, adapter: str | Path, output: str | Path, dtype: torch.dtype | None = None
+    base_model: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    dtype: torch.dtype | None = None,
+    *,
+    onto: str = "original",
+    says: PeftConfig | None = None,
 ) -> MergeReport:
     """Write base + adapter to `output`, in the base's key order.
 
@@ -53,13 +69,17 @@ def merge(
         adapter: `.safetensors` of a run; method, layout and targets are read from it.
         output: `.pth` to write, whole or not at all.
         dtype: of the stored tensors; None keeps each tensor's own.
+        onto: original, or quantised: the base as it was held in training, with its quantisation errors.
+        says: the method of a `.pth` adapter of RWKV-PEFT, which does not say it.
     Raises:
-        CheckpointError: see assembly.load_with_adapter; or the output would overwrite the base.
+        CheckpointError: see assembly.load_with_adapter; or the output would overwrite the base, the method cannot be
+            merged, or the base was not quantised.
     """
     for source, name in ((base_model, "base model"), (adapter, "adapter")):
         if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
             raise CheckpointError(str(output), f"would overwrite the {name}", hint="Choose another --output.")
-    loaded = load_with_adapter(base_model, adapter)
+    loaded = load_with_adapter(base_model, adapter, as_trained=onto == "quantised", says=says)
+    _check_mergeable(loaded, adapter, onto)
     merged, sums = _merge_layers(loaded, dtype)
     save_base(merged, output)
     return MergeReport(
@@ -69,7 +89,28 @@ def merge(
         relative_size=(sums.delta_squared / sums.weight_squared) ** 0.5,
         realised=sums.realised / sums.delta_squared if sums.delta_squared else 1.0,
         dtype=dtype or loaded.base["head.weight"].dtype,
+        probe=None if loaded.info.quant == "none" else probe(base_model, adapter, output),
     )
+
+
+def _check_mergeable(loaded: Loaded, adapter: str | Path, onto: str) -> None:
+    info = loaded.info
+    if not method_of(info.method).mergeable:
+        what = f"method {info.method} changes more than matrices, so it cannot be merged into them"
+        raise CheckpointError(str(adapter), what, hint="Use it unmerged: demo/chat.py --adapter.")
+    if onto == "quantised" and info.quant == "none":
+        raise CheckpointError(str(adapter), "was not trained on a quantised base", hint="Leave --onto away.")
+
+
+@torch.no_grad()
+def probe(base_model: str | Path, adapter: str | Path, merged: str | Path) -> float:
+    """||a - b|| / ||a|| of the logits a of the model as it was trained and b of the merged one, on 64 fixed tokens."""
+    trained = load_with_adapter(base_model, adapter, as_trained=True).model
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, trained.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    logits = trained(ids)[0].float()
+    del trained  # one model in memory at a time
+    return float((load_plain(merged)(ids)[0].float() - logits).norm() / logits.norm())
 
 
 @dataclass
@@ -97,8 +138,8 @@ def _merge_layers(loaded: Loaded, dtype: torch.dtype | None) -> tuple[dict[str, 
         if layer is None:
             merged[key] = loaded.trained.get(key, tensor).to(stored_dtype)
             continue
-        layer.weight.data = tensor  # as the file has it: the model may hold it in a narrower dtype
-        full = layer.merged_weight()
+        quantised = isinstance(layer.weight, QuantizedWeight)
+        full = layer.effective_weight() if quantised else layer.merged_weight(tensor)
         merged[key] = full.to(stored_dtype)
         sums.add(tensor, full, merged[key])
     return merged, sums

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.model.state import LayerState, ModelState, zero_state
+from rwkv_peft.ops.cross_entropy import head_cross_entropy, linear_cross_entropy
 from rwkv_peft.ops.mix import ddlerp, decay, gated_norm, relu_square, shift_lerp
 from rwkv_peft.ops.products import linear
 from rwkv_peft.ops.wkv6 import wkv6, wkv6_step
@@ -23,6 +24,9 @@ LN_X_EPS = 64e-5
 
 class Linear(nn.Linear):
     """A bias-free linear layer whose weight may be wider than its input (fp32 master weights under bf16)."""
+
+    plain_product = True
+    """Its forward is its own, but does no more than the product: an adapter may take its place."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -160,6 +164,7 @@ class RWKV6(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, wkv_backend) for layer in range(config.n_layer))
         self.ln_out = LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
+        self.register_parameter("prompt", None)  # (P, C), vectors that every text begins with (peft/prompt.py)
 
     def forward(self, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """ids (B, T) int64 -> (logits (B, T, V) in the activations' dtype, state). T >= 1, any batch."""
@@ -181,10 +186,13 @@ class RWKV6(nn.Module):
         return self.head(self.ln_out(x)), after
 
     def hidden(self, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
-        """The head's input, (B, T, C), and the state."""
-        x = self.emb(ids).to(self.dtype)
+        """The head's input, (B, T, C), and the state. Without a state, the text begins with the prompt."""
+        x, prompt_length = self.emb(ids).to(self.dtype), 0
         if state is None:
             state = zero_state(self.config, ids.shape[0], x.device, x.dtype)
+            if self.prompt is not None:
+                prompt_length = self.prompt.shape[0]
+                x = torch.cat((self.prompt.to(x.dtype).expand(ids.shape[0], -1, -1), x), dim=1)  # (B, P + T, C)
         after = []
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
@@ -193,4 +201,10 @@ class RWKV6(nn.Module):
             else:
                 x, layer_state = block(x, before)
             after.append(layer_state)
-        return self.ln_out(x), after
+        return self.ln_out(x[:, prompt_length:]), after
+
+    def loss(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """Mean loss over the trained tokens, L2Wrap included: hidden (B, T, C), targets and mask (B, T) -> scalar."""
+        if isinstance(self.head, nn.Linear):
+            return linear_cross_entropy(hidden, self.head.weight, targets, mask)
+        return head_cross_entropy(hidden, self.head, targets, mask)

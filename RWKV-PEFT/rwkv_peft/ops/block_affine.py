@@ -6,7 +6,8 @@ W is (O, I), cut into r x r blocks W_ab (a: output block, b: input block). Three
     col   bone (O/r, r, r)   dW_ab = W_ab B_a + B_a        one matrix per output block (eq. 5-7, Tables 2-4)
     left  bone (O/r, r, r)   dW_ab = B_a^T W_ab + B_a^T    eq. 8-10 read literally in Y = X (W + dW)
 
-`block_affine_delta` is the definition. The functions below it never hold a weight-sized tensor for backward.
+`block_affine_delta` is the definition (of those in ops/block_affine_variants.py too). The functions below it never hold
+a weight-sized tensor for backward.
 A number on the bf16 grid plus less than half a step is itself, and updates of early training are that small. Where
 products are in fp32 (ops/products.py) y is rounded once, and nothing before it. Where they are in bf16, what the update
 joins (x for row, y for left, W for col) can be rounded stochastically, so that all of it arrives in the mean.
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from rwkv_peft.ops.blocks import column_blocks, mix_blocks, outer_blocks, row_blocks
 from rwkv_peft.ops.products import (
+    Matrix,
     in_own_dtype,
     linear,
     product_dtype,
@@ -41,8 +43,9 @@ def block_affine_delta(weight: Tensor, bone: Tensor, mode: str) -> Tensor:
 
     Args:
         weight: (O, I), r divides both.
-        bone: (I/r, r, r) for `row`, (O/r, r, r) for `col` and `left`; weight's dtype.
-        mode: row, col or left.
+        bone: in weight's dtype; (I/r, r, r) for `row` and `hadamard`, (O/r, r, r) for `col` and `left`,
+            (2, I/r, r, r) for `unconstrained`, (g, r, r) for `group`, where g divides the number of blocks.
+        mode: row, col, left, group, unconstrained or hadamard.
     Returns:
         (O, I), a pure delta.
     """
@@ -54,12 +57,21 @@ def block_affine_delta(weight: Tensor, bone: Tensor, mode: str) -> Tensor:
         delta = blocks @ bone[:, None] + bone[:, None]
     elif mode == "left":
         delta = bone.mT[:, None] @ blocks + bone.mT[:, None]
+    elif mode == "group":
+        copies = blocks.shape[0] * blocks.shape[1] // bone.shape[0]
+        matrices = bone.repeat(copies, 1, 1).unflatten(0, blocks.shape[:2])  # block i, row by row, has bone[i mod g]
+        delta = blocks @ matrices + matrices
+    elif mode == "unconstrained":
+        factors, summands = bone
+        delta = blocks @ factors + summands
+    elif mode == "hadamard":
+        delta = blocks * bone + bone
     else:
-        raise ValueError(f"mode {mode!r} is none of row, col, left")
+        raise ValueError(f"mode {mode!r} is none of row, col, left, group, unconstrained, hadamard")
     return delta.transpose(1, 2).reshape(weight.shape)
 
 
-def bone_row(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) -> Tensor:
+def bone_row(x: Tensor, weight: Matrix, bone: Tensor, stochastic: bool = False) -> Tensor:
     """y = x (W + dW)^T with dW_ab = W_ab B_b + B_b, one r x r matrix per *input* block.
 
     The update acts on the input alone: W_ab B_b x_b = W_ab (B_b x_b), so with p_b = B_b x_b
@@ -77,7 +89,7 @@ def bone_row(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) 
     return _on_rows(_BoneRow, x, weight, bone, stochastic)
 
 
-def bone_left(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) -> Tensor:
+def bone_left(x: Tensor, weight: Matrix, bone: Tensor, stochastic: bool = False) -> Tensor:
     """y = x (W + dW)^T with dW_ab = B_a^T W_ab + B_a^T, one r x r matrix per *output* block.
 
     The update acts on the output alone: with h = W x,  y_a = h_a + B_a^T (h_a + s). Backward keeps h and s in
@@ -88,7 +100,7 @@ def bone_left(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False)
     return _on_rows(_BoneLeft, x, weight, bone, stochastic)
 
 
-def bone_col(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) -> Tensor:
+def bone_col(x: Tensor, weight: Matrix, bone: Tensor, stochastic: bool = False) -> Tensor:
     """y = x (W + dW)^T with dW_ab = W_ab B_a + B_a, one r x r matrix per *output* block.
 
     B_a mixes the columns of every block of its row of blocks, so it cannot be moved to x or y: W + W B is
@@ -105,12 +117,12 @@ def bone_col(x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool = False) 
     return _on_rows(_BoneCol, x, weight, bone, stochastic)
 
 
-def bone_materialized(x: Tensor, weight: Tensor, bone: Tensor, mode: str) -> Tensor:
+def bone_materialized(x: Tensor, weight: Matrix, bone: Tensor, mode: str) -> Tensor:
     """y = x (W + dW)^T as the paper's code has it: dW and W + dW are built, and kept for backward.
 
     For comparison. Args and returns as the function of `mode`; weight and bone are used in x's dtype.
     """
-    weight = weight.to(x.dtype)
+    weight = weight[:].to(x.dtype)
     return linear(x, weight + block_affine_delta(weight, bone.to(x.dtype), mode))
 
 
@@ -133,7 +145,7 @@ def add_stochastically(a: Tensor, b: Tensor) -> Tensor:
     return bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
-def _on_rows(form: type[torch.autograd.Function], x: Tensor, weight: Tensor, bone: Tensor, stochastic: bool) -> Tensor:
+def _on_rows(form: type[torch.autograd.Function], x: Tensor, weight: Matrix, bone: Tensor, stochastic: bool) -> Tensor:
     """Apply a form that takes (N, I) rows to (..., I)."""
     rows = x.reshape(-1, x.shape[-1])
     dtype = product_dtype(rows)
@@ -162,15 +174,15 @@ class _BoneRow(torch.autograd.Function):
 
     @staticmethod
     @in_own_dtype
-    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, bone)
-        ctx.dtype, r = dtype, bone.shape[-1]
+    def forward(ctx, x: Tensor, weight: Matrix, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
+        ctx.save_for_backward(x, bone)
+        ctx.weight, ctx.dtype, r = weight, dtype, bone.shape[-1]
         blocks, matrices = column_blocks(x, r), bone.to(dtype).mT
         if stochastic:
             update = torch.bmm(blocks, matrices)  # (I/r, N, r)
             # One rounding for both terms: y on the bf16 grid would swallow the second as x swallows p.
             tile = update.sum(0).repeat(1, weight.shape[0] // r)  # (N, O)
-            return torch.addmm(tile, add_stochastically(x, _rows(update)), weight.to(dtype).mT)
+            return times_transposed(add_stochastically(x, _rows(update)), weight, add_to=tile)
         mixed, s = mix_blocks(blocks, matrices, want_sum=True, dtype=dtype)
         return _add_to_blocks(times_transposed(_rows(mixed), weight), s).to(x.dtype)
 
@@ -178,9 +190,9 @@ class _BoneRow(torch.autograd.Function):
     @once_differentiable
     @in_own_dtype
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        x, weight, bone = ctx.saved_tensors
+        x, bone = ctx.saved_tensors
         r, grad_y = bone.shape[-1], grad_y.to(ctx.dtype)
-        grad_mixed = column_blocks(times(grad_y, weight), r)  # (I/r, N, r)
+        grad_mixed = column_blocks(times(grad_y, ctx.weight), r)  # (I/r, N, r)
         tile = _block_sum(grad_y, r)  # with it, the gradient of p
         grad_x = grad_bone = None
         if ctx.needs_input_grad[2]:
@@ -195,11 +207,11 @@ class _BoneLeft(torch.autograd.Function):
 
     @staticmethod
     @in_own_dtype
-    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
-        ctx.dtype, r, y_dtype = dtype, bone.shape[-1], x.dtype
+    def forward(ctx, x: Tensor, weight: Matrix, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
+        ctx.weight, ctx.dtype, r, y_dtype = weight, dtype, bone.shape[-1], x.dtype
         x, bone_ = x.to(dtype), bone.to(dtype)
         h, s = times_transposed(x, weight), _block_sum(x, r)  # (N, O), (N, r)
-        ctx.save_for_backward(h.to(y_dtype), s, weight, bone)
+        ctx.save_for_backward(h.to(y_dtype), s, bone)
         if stochastic:
             update = torch.bmm(column_blocks(h, r) + s, bone_)
             return add_stochastically(h, _rows(update))
@@ -209,12 +221,12 @@ class _BoneLeft(torch.autograd.Function):
     @once_differentiable
     @in_own_dtype
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        h, s, weight, bone = ctx.saved_tensors
+        h, s, bone = ctx.saved_tensors
         blocks = column_blocks(grad_y, bone.shape[-1])
         grad_x = grad_bone = None
         if ctx.needs_input_grad[0]:
             grad_h, grad_s = mix_blocks(blocks, bone.to(ctx.dtype).mT, want_sum=True, dtype=ctx.dtype)
-            grad_x = _add_to_blocks(times(_rows(grad_h), weight), grad_s).to(h.dtype)
+            grad_x = _add_to_blocks(times(_rows(grad_h), ctx.weight), grad_s).to(h.dtype)
         if ctx.needs_input_grad[2]:
             h_blocks = column_blocks(h, bone.shape[-1])
             grad_bone = outer_blocks(h_blocks, blocks, tile=s, dtype=ctx.dtype).to(bone.dtype)
@@ -230,9 +242,9 @@ class _BoneCol(torch.autograd.Function):
 
     @staticmethod
     @in_own_dtype
-    def forward(ctx, x: Tensor, weight: Tensor, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
-        ctx.save_for_backward(x, weight, bone)
-        ctx.dtype, y_dtype = dtype, x.dtype
+    def forward(ctx, x: Tensor, weight: Matrix, bone: Tensor, dtype: torch.dtype, stochastic: bool) -> Tensor:
+        ctx.save_for_backward(x, bone)
+        ctx.weight, ctx.dtype, y_dtype = weight, dtype, x.dtype
         x, bone = x.to(dtype), bone.to(dtype)
         unit = _unit_tile(weight, bone)
         y = x.new_empty(x.shape[0], weight.shape[0])
@@ -247,17 +259,18 @@ class _BoneCol(torch.autograd.Function):
     @once_differentiable
     @in_own_dtype
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None, None]:
-        x_saved, weight, bone_saved = ctx.saved_tensors
+        weight, (x_saved, bone_saved) = ctx.weight, ctx.saved_tensors
         x, bone, grad_y = (t.to(ctx.dtype) for t in (x_saved, bone_saved, grad_y))
         r, unit = bone.shape[-1], _unit_tile(weight, bone)
         grad_x, grad_bone = torch.empty_like(x), torch.empty_like(bone)
         for rows, blocks in _slices(weight, bone):
+            part = weight[rows]  # (rows, I), read once: a quantised weight is dequantised here
             if ctx.needs_input_grad[0]:
-                mixed = _mixed(weight[rows], bone[blocks], unit, False)
+                mixed = _mixed(part, bone[blocks], unit, False)
                 grad_x.addmm_(grad_y[:, rows], mixed, beta=int(rows.start > 0))
             if ctx.needs_input_grad[2]:
                 grad_w = grad_y[:, rows].mT @ x  # (rows, I): the gradient of these rows of dW
-                left, right = row_blocks(weight[rows], r), row_blocks(grad_w, r)
+                left, right = row_blocks(part, r), row_blocks(grad_w, r)
                 grad_bone[blocks] = outer_blocks(left, right, tile=unit, dtype=ctx.dtype)
         if unit is None and ctx.needs_input_grad[0]:
             _add_to_blocks(grad_x, grad_y @ bone.flatten(0, 1))
@@ -272,24 +285,25 @@ class _BoneCol(torch.autograd.Function):
         )
 
 
-def _col_on_few_rows(x: Tensor, weight: Tensor, bone: Tensor) -> Tensor:
+def _col_on_few_rows(x: Tensor, weight: Matrix, bone: Tensor) -> Tensor:
     """`bone_col` by y_a = W_a (x + B_a x) + B_a s: work that grows with the rows, where building W + W B does not."""
     r = bone.shape[-1]
     rows, bone = x.reshape(-1, x.shape[-1]), bone.to(x.dtype)
     update = rows.unflatten(-1, (-1, r)) @ bone.mT[:, None]  # (O/r, N, I/r, r)
     mixed = rows + update.flatten(2)  # (O/r, N, I)
-    y = mixed @ weight.to(x.dtype).unflatten(0, (-1, r)).mT + update.sum(2)  # (O/r, N, r)
+    parts = [mixed[a] @ weight[rows].to(x.dtype).unflatten(0, (-1, r)).mT for rows, a in _slices(weight, bone)]
+    y = torch.cat(parts) + update.sum(2)  # (O/r, N, r)
     return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
 
 
-def _slices(weight: Tensor, bone: Tensor):
+def _slices(weight: Matrix, bone: Tensor):
     """Slices of W's rows, and the same of bone's matrices."""
     r = bone.shape[-1]
     for rows in weight_slices(weight, multiple=r, numbers=COL_SLICE_NUMBERS):
         yield rows, slice(rows.start // r, rows.stop // r)
 
 
-def _unit_tile(weight: Tensor, bone: Tensor) -> Tensor | None:
+def _unit_tile(weight: Matrix, bone: Tensor) -> Tensor | None:
     """The unit matrix as it lies in `row_blocks` of W, (r * I/r, r), in bone's dtype; None in half precision."""
     if bone.dtype in (torch.bfloat16, torch.float16):
         return None

@@ -7,15 +7,22 @@ logits are there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.ops.products import in_own_dtype, product_dtype, times, times_transposed
 from rwkv_peft.ops.reference import L2WRAP
 
 CHUNK_LOGITS = 2**25
 """Logits that exist at a time: 128 MB in fp32, 512 rows of the World vocabulary."""
+
+
+HEAD_ROWS = 512
+"""Rows that go through a head with an adapter at a time."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -35,6 +42,43 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
     rows = hidden.flatten(0, 1)
     options = (product_dtype(rows), torch.is_grad_enabled())
     return _LinearCrossEntropy.apply(rows, weight, targets.flatten(), mask.flatten(), *options)
+
+
+def head_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, mask: Tensor) -> Tensor:
+    """The same loss through a head that is more than a matrix, one that carries an adapter.
+
+    Its logits exist for a few rows at a time as well, and are computed again in the backward pass.
+
+    Args and returns as `linear_cross_entropy`, with head: (R, C) -> (R, V).
+    """
+    rows = mask.flatten().nonzero().squeeze(1)  # (R,)
+    hidden, targets = hidden.flatten(0, 1)[rows], targets.flatten()[rows]
+    share = 1 / max(1, len(rows))
+
+    def part_loss(part: Tensor, part_targets: Tensor) -> Tensor:
+        return _RowsCrossEntropy.apply(head(part), part_targets, share)
+
+    loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+    for part, part_targets in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
+        loss = loss + checkpoint(part_loss, part, part_targets, use_reentrant=False)
+    return loss
+
+
+class _RowsCrossEntropy(torch.autograd.Function):
+    """`share` x the summed loss of the rows of some logits (R, V)."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, share: float) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        loss, grad = _loss_and_gradient(wide, targets, share)
+        ctx.save_for_backward(grad.to(logits.dtype))
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss.to(grad.dtype), None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

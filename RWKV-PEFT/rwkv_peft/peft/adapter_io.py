@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rwkv_peft.checkpoint import check_keys, load_base, same_base, write_atomically
+from rwkv_peft.checkpoint import check_keys, load_base, same_base, save_base, write_atomically
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.peft.injection import initial_factors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +31,24 @@ class AdapterInfo:
     """Qualified names of the layers that carry an adapter."""
     fingerprint: Mapping[str, Any]
     """Of the base the adapter was trained on (checkpoint.fingerprint)."""
+    quant: str = "none"
+    """How the base was held while it trained."""
+    dtype: str = "float32"
+    """Of the large matrices before that, and of the activations."""
     tokenizer: Mapping[str, Any] | None = None
     """Identity of the tokenizer of its data; None where the data did not say."""
     format_version: int = FORMAT_VERSION
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Exactly the parameters that train, by name, on the CPU."""
-    return {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Exactly what an adapter file keeps, by name: what trains, and the initial factors that a base is derived from."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad} | initial_factors(model)
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], info: AdapterInfo) -> None:
     """Write an adapter file, whole or not at all."""
     metadata = {key: json.dumps(value) for key, value in asdict(info).items()}
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
 
 
@@ -76,7 +80,15 @@ def _parse_info(metadata: Mapping[str, str], path: str) -> AdapterInfo:
     if version != FORMAT_VERSION:
         expected = f"format {FORMAT_VERSION}"
         raise CheckpointError(path, "not an adapter of this program", found=f"format {version!r}", expected=expected)
-    kinds = {"method": str, "options": dict, "targets": list, "fingerprint": dict, "tokenizer": dict | None}
+    kinds = {
+        "method": str,
+        "options": dict,
+        "targets": list,
+        "quant": str,
+        "dtype": str,
+        "fingerprint": dict,
+        "tokenizer": dict | None,
+    }
     for key, kind in kinds.items():
         if key not in values or not isinstance(values[key], kind):
             raise CheckpointError(path, f"damaged description: {key} is {values.get(key)!r}")
@@ -95,22 +107,45 @@ def check_same_base(info: AdapterInfo, fingerprint: Mapping[str, Any], adapter: 
 
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Copy an adapter's tensors into a model that carries the same adapter; names and shapes must agree.
+    """Copy an adapter file's tensors into a model that carries the same adapter; names and shapes must agree.
 
     Raises:
         CheckpointError: a trained parameter without a tensor, a tensor without a parameter, another shape.
     """
-    parameters = dict(model.named_parameters())
-    expected = {name: p.shape for name, p in parameters.items() if p.requires_grad}
-    check_keys(expected, tensors, path, what="adapter and its --train_parts")
+    places = {name: p for name, p in model.named_parameters() if p.requires_grad} | initial_factors(model)
+    check_keys(
+        {name: place.shape for name, place in places.items()}, tensors, path, what="adapter and its --train_parts"
+    )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise CheckpointError(str(path), f"{name} has values that are not finite", hint="Take an earlier adapter.")
     for name, tensor in tensors.items():
-        parameters[name].data.copy_(tensor)
+        places[name].data.copy_(tensor)
+
+
+PTH_NAMES = {"miss": "disha"}
+"""Our names of parameters that RWKV-PEFT calls something else."""
 
 
 def read_pth_adapter(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of an adapter that RWKV-PEFT wrote; 3-D `.bone` and `.disha` are Bone row matrices."""
-    tensors = load_base(path)
-    return {re.sub(r"\.disha$", ".bone", name): tensor for name, tensor in tensors.items()}
+    """The tensors of an adapter in RWKV-PEFT's form, a plain `.pth` of named tensors, under our names.
+
+    Its `.bone` and `.disha` are Bone row matrices where they have three axes, MiSS where they have two.
+    """
+    return {_our_name(name, tensor): tensor for name, tensor in load_base(path).items()}
+
+
+def save_pth_adapter(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter in RWKV-PEFT's form; method, options and base are not in it."""
+    save_base({_renamed(name, PTH_NAMES): tensor for name, tensor in tensors.items()}, path)
+
+
+def _our_name(name: str, tensor: Tensor) -> str:
+    kind = "miss" if tensor.ndim == 2 else "bone"
+    return _renamed(name, {"disha": kind, "bone": kind})
+
+
+def _renamed(name: str, last: Mapping[str, str]) -> str:
+    """A qualified name with another last segment, where that has another name."""
+    parent, dot, child = name.rpartition(".")
+    return f"{parent}{dot}{last.get(child, child)}"

@@ -1,65 +1,98 @@
-"""LoRA (arXiv 2106.09685): dW = alpha / r * B A, with B zero at init."""
+"""LoRA (arXiv 2106.09685): dW = s B A with s = alpha / r, and B zero at init.
+
+Options: rank-stabilised scaling, s = alpha / sqrt(r) (arXiv 2312.03732), and LoRA+'s larger learning rate for B
+(arXiv 2402.12354).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.errors import ConfigError
 from rwkv_peft.ops.low_rank import lora_linear
 from rwkv_peft.ops.products import linear
-from rwkv_peft.peft.base import PeftLinear, wide_dtype
+from rwkv_peft.peft.base import LayerConfig, PeftLinear, wide_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Options of `--peft lora`."""
+class LowRankConfig(LayerConfig):
+    """Options of every method that trains factors A and B."""
 
+    flag = "lora_config"
     r: int = 32
     """Rank of the update."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / r."""
     dropout: float = 0.0
     """Dropout on the input of A."""
-    load: str = ""
-    """Adapter file to start from."""
+    lr_ratio: float = 1.0
+    """LoRA+: B's learning rate relative to A's; the paper takes 16."""
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ConfigError("lora_config", "r", found=self.r, expected="a positive integer")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError("lora_config", "dropout", found=self.dropout, expected="a number in [0, 1)")
-
-
-class LoraLinear(PeftLinear):
-    """y = W x + alpha / r * B A x; the trained parameters are `lora_A` (r, I) and `lora_B` (O, r)."""
-
-    adapter_names = ("lora_A", "lora_B")
-
-    def __init__(self, linear: nn.Linear, config: LoraConfig, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(linear, config)
-        out_features, in_features = self.weight.shape
-        like = {"device": self.weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.empty(config.r, in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, **like))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        super().__post_init__()
+        self.require("dropout", 0 <= self.dropout < 1, "a number in [0, 1)")
+        self.require("lr_ratio", 0 < self.lr_ratio < math.inf, "a positive number")
 
     @property
     def scaling(self) -> float:
-        return self.config.alpha / self.config.r
+        """s in dW = s B A."""
+        return 1.0
 
-    def forward(self, x: Tensor) -> Tensor:
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(LowRankConfig):
+    """Options of `--peft lora`."""
+
+    alpha: float = 32.0
+    """The update is scaled by alpha / r."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require("alpha", 0 < self.alpha < math.inf, "a positive number")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+class LoraLinear(PeftLinear):
+    """y = W x + s B A x; the trained parameters are `lora_A` (r, I) and `lora_B` (O, r)."""
+
+    adapter_names = ("lora_A", "lora_B")
+
+    def __init__(self, base: nn.Linear | nn.Embedding, config: Any, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(base, config, dtype)
+        out_features, in_features = self.weight.shape
+        like = {"device": self.weight.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.zeros(config.r, in_features, **like))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, **like))
+
+    def initialise(self, gradient: Tensor | None = None) -> None:
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def project(self, x: Tensor) -> Tensor:
+        scaling = self.config.scaling
         if self.training and self.config.dropout:
             low_rank = linear(F.dropout(x, self.config.dropout), self.lora_A)  # (..., r)
-            y = linear(x, self.weight) + self.scaling * linear(low_rank, self.lora_B)
-        else:
-            y = lora_linear(x, self.weight, self.lora_A, self.lora_B, self.scaling)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+            return linear(x, self.weight) + scaling * linear(low_rank, self.lora_B)
+        return lora_linear(x, self.weight, self.lora_A, self.lora_B, scaling)
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, weight: Tensor) -> Tensor:
+        return self.low_rank_weight(weight.dtype)
+
+    def delta_rows(self, ids: Tensor) -> Tensor:
         wide = wide_dtype(self.weight)
-        return self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide))
+        return self.config.scaling * (self.lora_B[ids].to(wide) @ self.lora_A.to(wide))
+
+    def low_rank_weight(self, dtype: torch.dtype) -> Tensor:
+        """s B A, (O, I)."""
+        return self.config.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
+
+    def lr_scales(self) -> Mapping[str, float]:
+        return {"lora_B": self.config.lr_ratio}

@@ -14,7 +14,7 @@ from rwkv_peft.data.sampling import DataPlan
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.ops.products import widens
 from rwkv_peft.ops.wkv6 import Choice
-from rwkv_peft.peft.inject import adapter_parameters
+from rwkv_peft.peft.injection import adapter_parameters
 from rwkv_peft.training.strategy import activation_dtype, device_type, devices_per_node
 
 

@@ -136,12 +136,12 @@ class Progress:
 
 
 class SaveEveryEpoch(pl.Callback):
-    """Calls `save(epoch)` on the main process after every `every`-th epoch and after the last."""
+    """Calls `save(epoch)` on every process after every `every`-th epoch and after the last."""
 
     def __init__(self, save: Callable[[int], None], first_epoch: int, every: int) -> None:
         self.save, self.first_epoch, self.every = save, first_epoch, every
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         done = trainer.current_epoch + 1
-        if trainer.is_global_zero and (done % self.every == 0 or done == trainer.max_epochs):
+        if done % self.every == 0 or done == trainer.max_epochs:
             self.save(self.first_epoch + trainer.current_epoch)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rwkv_peft.config import OptimConfig
 from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.ops.cross_entropy import linear_cross_entropy
+from rwkv_peft.training.lisa import BlockDraw
 from rwkv_peft.training.optim import build_optimizer
 from rwkv_peft.training.schedule import learning_rate
 
@@ -21,11 +21,12 @@ class TrainingModule(pl.LightningModule):
         model: with its adapters in place and its trained parameters marked.
         optim: the optimizer's settings.
         total_steps: optimizer steps of the run, for the schedule.
+        draw: of method LISA; draws the blocks that train.
     """
 
-    def __init__(self, model: RWKV6, optim: OptimConfig, total_steps: int) -> None:
+    def __init__(self, model: RWKV6, optim: OptimConfig, total_steps: int, draw: BlockDraw | None = None) -> None:
         super().__init__()
-        self.model, self.optim, self.total_steps = model, optim, total_steps
+        self.model, self.optim, self.total_steps, self.draw = model, optim, total_steps, draw
         self.rate = 0.0
         """Learning rate of this step, before the groups' multipliers."""
         self.grad_norm: float | None = None
@@ -33,15 +34,18 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         hidden, _ = self.model.hidden(batch["input_ids"])
-        return linear_cross_entropy(hidden, self.model.head.weight, batch["targets"], batch["loss_mask"])
+        return self.model.loss(hidden, batch["targets"], batch["loss_mask"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.optim)
+        return build_optimizer(self.model, self.optim, by_block=self.draw is not None)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self.rate = learning_rate(self.trainer.global_step, self.total_steps, self.optim)
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.rate * group["lr_scale"]
+        optimizer = self.trainer.optimizers[0]
+        if self.draw is not None:
+            self.draw.apply(self.model.blocks, optimizer, self.trainer.global_step)
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate * group["lr_scale"] * group.get("active", 1)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,17 +26,24 @@ from rwkv_peft.errors import ConfigError
 from rwkv_peft.model.init import model_from_scratch, model_from_state, model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.ops.wkv6 import active_backend
-from rwkv_peft.peft.adapter_io import AdapterInfo, save_adapter, trained_state
+from rwkv_peft.peft.adapter_io import AdapterInfo, adapter_tensors, save_adapter
+from rwkv_peft.peft.injection import targeted
+from rwkv_peft.peft.lisa import LisaConfig
+from rwkv_peft.peft.registry import method_of
 from rwkv_peft.training import banner
 from rwkv_peft.training.allocator import keep_freed_pages
 from rwkv_peft.training.callbacks import MetricsFile, Progress, SaveEveryEpoch, StepRecorder
+from rwkv_peft.training.gradients import mean_gradients
+from rwkv_peft.training.lisa import BlockDraw
 from rwkv_peft.training.loggers import wandb_logger
 from rwkv_peft.training.module import TrainingModule
+from rwkv_peft.training.stopping import StopTogether
 from rwkv_peft.training.strategy import (
     activation_dtype,
     build_strategy,
     device_type,
     devices_per_node,
+    whole_tensors,
 )
 
 
@@ -48,6 +56,8 @@ class Prepared:
     """Layers that carry an adapter."""
     fingerprint: Mapping[str, Any]
     """Of the base."""
+    has_adapter: bool
+    """Whether something beside the base trains, to be saved as an adapter."""
     tokenizer: Mapping[str, str] | None
     """Identity that the data must have: the warm-start adapter's, where it knows."""
     new_base: Mapping[str, Tensor] | None
@@ -89,10 +99,30 @@ def prepare(config: RunConfig) -> Prepared:
         model = model_from_scratch(config.model, config.data.random_seed, **options)
         base = model.state_dict()
     print_of_base = fingerprint(base)
-    targets = add_adapter(model, peft)
-    start = warm_start(model, peft, print_of_base, path) if peft.peft_config.get("load") else None
-    new_base = base if targets and not path else None
-    return Prepared(model, targets, print_of_base, start.tokenizer if start else None, new_base)
+    start = warm_start(peft, print_of_base, path) if peft.peft_config.get("load") else None
+    gradients = _gradients(config, model) if start is None else None
+    targets = add_adapter(model, peft, start=start, gradients=gradients)
+    has_adapter = not method_of(peft.peft).trains_base
+    return Prepared(
+        model=model,
+        targets=targets,
+        fingerprint=print_of_base,
+        has_adapter=has_adapter,
+        tokenizer=start.tokenizer if start else None,
+        new_base=base if has_adapter and not path else None,
+    )
+
+
+def _gradients(config: RunConfig, model: RWKV6) -> Mapping[str, Tensor] | None:
+    """The targets' weights' gradients on the run's first batches, for a method that starts from them."""
+    layer = method_of(config.peft.peft).layer
+    if layer is None or not layer.needs_gradient:
+        return None
+    data = BinidxDataModule(config.data, config.model.vocab_size)
+    data.setup()
+    count = config.peft.peft_config["samples"]
+    _say(f"gradients of the base on {count} samples, for the start of {config.peft.peft}")
+    return mean_gradients(model, targeted(model, config.peft), data.first_samples(count))
 
 
 def _dry_run(config: RunConfig) -> None:
@@ -117,7 +147,7 @@ def _fit(config: RunConfig, prepared: Prepared, data: BinidxDataModule) -> None:
         accelerator="gpu" if device_type(train) == "cuda" else "cpu",
         devices=devices_per_node(train),
         num_nodes=train.num_nodes,
-        **build_strategy(train),
+        **build_strategy(train, unused=config.peft.peft == "lisa"),
         max_epochs=config.data.epoch_count,
         accumulate_grad_batches=optim.accumulate_grad_batches,
         gradient_clip_val=optim.grad_clip or None,
@@ -135,28 +165,34 @@ def _fit(config: RunConfig, prepared: Prepared, data: BinidxDataModule) -> None:
     tokenizer = data.reader.meta.tokenizer if data.reader.meta else prepared.tokenizer
 
     def save(epoch: int | str) -> None:
-        _say(f"saved {save_trained(folder, epoch, config, prepared, tokenizer)}")
+        tensors = whole_tensors(to_save(prepared), keep=trainer.is_global_zero)
+        if trainer.is_global_zero:
+            _say(f"saved {save_trained(folder, epoch, config, prepared, tokenizer, tensors)}")
 
-    trainer.callbacks += [StepRecorder(consumers), SaveEveryEpoch(save, config.data.epoch_begin, train.epoch_save)]
-    module = TrainingModule(prepared.model, optim, total_steps)
-    code = _fit_or_be_stopped(trainer, module, data)
-    if code:
-        if trainer.is_global_zero and trainer.global_step:
-            save("stopped")
-        _say(f"stopped by a signal after step {trainer.global_step} of {total_steps}")
-        raise SystemExit(code)
-
-
-def _fit_or_be_stopped(trainer: pl.Trainer, module: TrainingModule, data: BinidxDataModule) -> int:
-    """Train; 0 when done, 130 after Ctrl-C, 143 after SIGTERM, the shell's codes for both."""
-    stopped = False
+    stop = StopTogether()
+    saver = SaveEveryEpoch(save, config.data.epoch_begin, train.epoch_save)
+    trainer.callbacks += [StepRecorder(consumers), saver, stop]
+    module = TrainingModule(prepared.model, optim, total_steps, _draw(config))
     try:
         trainer.fit(module, datamodule=data)
-    except SystemExit:  # how Lightning ends a run on either
-        stopped = True
-    if trainer.received_sigterm:
-        return 143
-    return 130 if stopped else 0
+    except SystemExit:  # how Lightning ends a run on a signal
+        if stop.agreed and trainer.global_step:
+            save("stopped")
+        _say(f"stopped by a signal after step {trainer.global_step} of {total_steps}")
+        if trainer.is_global_zero:  # Lightning kills the main process where another ends with an error
+            raise SystemExit(_exit_code(trainer, stop)) from None
+
+
+def _draw(config: RunConfig) -> BlockDraw | None:
+    """What draws the blocks that train, for method LISA."""
+    if config.peft.peft != "lisa":
+        return None
+    return BlockDraw(LisaConfig(**config.peft.peft_config), config.model.n_layer, config.data.random_seed)
+
+
+def _exit_code(trainer: pl.Trainer, stop: StopTogether) -> int:
+    """143 after SIGTERM, 130 after Ctrl-C: the shell's codes for both."""
+    return 128 + (stop.agreed or (signal.SIGTERM if trainer.received_sigterm else signal.SIGINT))
 
 
 def check_folder(folder: Path) -> None:
@@ -180,24 +216,36 @@ def _open_folder(folder: Path, config: RunConfig, prepared: Prepared) -> None:
         save_base(prepared.new_base, folder / "rwkv-init.pth")
 
 
+def to_save(prepared: Prepared) -> Mapping[str, Tensor]:
+    """What an epoch trained: the adapter, or the whole model where there is none."""
+    return adapter_tensors(prepared.model) if prepared.has_adapter else prepared.model.state_dict(keep_vars=True)
+
+
 def save_trained(
-    folder: Path, epoch: int | str, config: RunConfig, prepared: Prepared, tokenizer: Mapping[str, str] | None
+    folder: Path,
+    epoch: int | str,
+    config: RunConfig,
+    prepared: Prepared,
+    tokenizer: Mapping[str, str] | None,
+    tensors: Mapping[str, Tensor],
 ) -> Path:
-    """Write what an epoch trained: an adapter file, or the whole model where there is no adapter."""
+    """Write the tensors that `to_save` names as an adapter file, or as a model where there is no adapter."""
     peft = config.peft
-    if not prepared.targets:
+    if not prepared.has_adapter:
         path = folder / f"rwkv-{epoch}.pth"
-        save_base({key: t.to(prepared.model.dtype) for key, t in prepared.model.state_dict().items()}, path)
+        save_base({name: tensor.to(prepared.model.dtype) for name, tensor in tensors.items()}, path)
         return path
     path = folder / f"rwkv-{epoch}.safetensors"
     info = AdapterInfo(
         method=peft.peft,
         options=peft.peft_config,
         targets=prepared.targets,
+        quant=peft.quant,
+        dtype=str(prepared.model.dtype).removeprefix("torch."),
         fingerprint=prepared.fingerprint,
         tokenizer=tokenizer,
     )
-    save_adapter(path, trained_state(prepared.model), info)
+    save_adapter(path, tensors, info)
     return path
 
 
@@ -237,3 +285,5 @@ def _quiet_lightning() -> None:
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     for message in (".*num_workers.*", ".*LeafSpec.*", ".*DeepSpeed handles gradient clipping.*"):
         warnings.filterwarnings("ignore", module="pytorch_lightning", message=message)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 is about to drop.
+    warnings.filterwarnings("ignore", module="torch.distributed", category=FutureWarning)

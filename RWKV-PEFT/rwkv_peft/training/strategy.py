@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +17,10 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+
+WHOLE_BELOW = 2**20
+"""ZeRO-3 shares out larger parameters only. An adapter's matrices are below (Bone r=64 on 4096 x 14336 trains 917,504
+numbers): gathering each for every product would cost more than it saves."""
 
 
 def device_type(train: TrainConfig) -> str:
@@ -60,25 +66,76 @@ class KeepDtypes(DeepSpeedPrecision):
 class DeepSpeed(DeepSpeedStrategy):
     """Lightning's DeepSpeed, also on CPUs (gloo), and with the loss divided once under accumulation."""
 
+    def __init__(self, stage: int) -> None:
+        super().__init__(stage=stage)
+        if stage == 3:
+            self.config["zero_optimization"]["stage3_param_persistence_threshold"] = WHOLE_BELOW
+
     def setup_environment(self) -> None:
         if not isinstance(self.accelerator, CPUAccelerator):
             super().setup_environment()
             return
+        import deepspeed  # not above: it takes seconds, and most runs do without
+
+        # Built with a compiler for 40 seconds, for inference only.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # Lightning refuses CPUs here, though the engine runs on them; it addresses devices by index.
         self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
         DDPStrategy.setup_environment(self)
+
+    def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Optimizer | None, *args: Any) -> Any:
+        if self.zero_stage_3:
+            import deepspeed
+
+            # One parameter at a time: the engine would first move the whole model to every device.
+            deepspeed.zero.Init(module=model, config_dict_or_path=self.config)
+            model.to(self.root_device)  # the buffers
+        return super()._setup_model_and_optimizer(model, optimizer, *args)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         # Lightning has divided the loss by the accumulated batches; DeepSpeed would divide it again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
 
-def build_strategy(train: TrainConfig) -> dict[str, Any]:
-    """The trainer's arguments for `--strategy`."""
-    if not train.strategy.startswith("deepspeed"):
-        return {"strategy": train.strategy}
-    stage = int(train.strategy.rsplit("_", 1)[1])
-    return {"strategy": DeepSpeed(stage=stage), "plugins": [KeepDtypes()]}
+def build_strategy(train: TrainConfig, *, unused: bool = False) -> dict[str, Any]:
+    """The trainer's arguments for `--strategy`.
+
+    Args:
+        unused: some trained parameters get no gradient in some steps, which DDP has to look for.
+    """
+    if train.strategy.startswith("deepspeed"):
+        stage = int(train.strategy.rsplit("_", 1)[1])
+        return {"strategy": DeepSpeed(stage), "plugins": [KeepDtypes()]}
+    if train.strategy == "auto" and devices_per_node(train) * train.num_nodes == 1:
+        return {"strategy": "auto"}
+    # Buffers, a quantised base among them, never change: they need not be sent around in every step.
+    return {"strategy": DDPStrategy(forward_sync_buffers=False, find_unused_parameters=unused)}
+
+
+def whole_tensors(parameters: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
+    """Parameters as they are outside of ZeRO-3, by name, on the CPU.
+
+    Where each process holds a share of a parameter, all must call this, with the same names in the same order.
+
+    Args:
+        parameters: the parameters themselves, by name: a detached tensor of a shared one is empty.
+        keep: whether this process wants them; the others get {}.
+    """
+    whole = {}
+    for name, tensor in parameters.items():
+        with _gathered(tensor):
+            if keep:
+                whole[name] = tensor.detach().cpu()
+    return whole
+
+
+def _gathered(tensor: Tensor) -> AbstractContextManager:
+    """A context in which a tensor that ZeRO-3 shared out is whole."""
+    if not hasattr(tensor, "ds_id"):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(tensor)
 
 
 def devices_per_node(train: TrainConfig) -> int:

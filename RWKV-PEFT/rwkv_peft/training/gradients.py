@@ -1,0 +1,49 @@
+"""The base's gradients on a few batches, before anything trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from rwkv_peft.model.rwkv6 import RWKV6
+
+
+def mean_gradients(model: RWKV6, layers: Sequence[str], batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """dL/dW of some layers' weights, the mean over batches, by layer name, in fp32 on the CPU.
+
+    They are as large as the weights in fp32, all together; on the model's device there is one at a time.
+
+    Args:
+        model: left as it was found, without gradients.
+        layers: qualified names.
+        batches: as the data module makes them.
+    """
+    sums: dict[str, Tensor] = {}
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    weights = {name: model.get_submodule(name).weight.requires_grad_() for name in layers}
+    hooks = [weight.register_post_accumulate_grad_hook(_collector(sums, name)) for name, weight in weights.items()]
+    count = 0
+    for batch in batches:
+        hidden, _ = model.hidden(batch["input_ids"])
+        model.loss(hidden, batch["targets"], batch["loss_mask"]).backward()
+        count += 1
+    for hook in hooks:
+        hook.remove()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
+    return {name: total / count for name, total in sums.items()}
+
+
+def _collector(sums: dict[str, Tensor], name: str):
+    """A hook that moves a weight's gradient into `sums` as soon as it is there."""
+
+    def collect(weight: torch.nn.Parameter) -> None:
+        gradient = weight.grad.float().cpu()
+        sums[name] = sums[name].add_(gradient) if name in sums else gradient
+        weight.grad = None
+
+    return collect

@@ -1,0 +1,43 @@
+"""Stopping a run by a signal, so that what it trained can be saved."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+
+class StopTogether(pl.Callback):
+    """Ends training on SIGTERM or Ctrl-C, in every process after the same step. A second Ctrl-C does not wait for it.
+
+    Lightning by itself stops a process where its signal finds it, while others may wait for it in a collective, and
+    after Ctrl-C kills the others, with what ZeRO-3 has shared out to them.
+    """
+
+    def __init__(self) -> None:
+        self.agreed = 0
+        """The signal on which all processes stopped; 0 where none has come."""
+        self._noted = 0
+        self._step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """In place of Lightning's handlers; Lightning puts back those of before when it is done."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == self._noted == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._noted = number
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *batch: object) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        noted = torch.tensor(self._noted, device=module.device)
+        self.agreed = int(trainer.strategy.reduce(noted, reduce_op="max"))
+        if self.agreed:
+            raise SIGTERMException

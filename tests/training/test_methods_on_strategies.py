@@ -1,0 +1,120 @@
+"""Every method under every strategy: two processes train what one does.
+
+The pair recomputes its blocks in the backward pass (`--grad_cp 1`) and the one does not, which tests both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from rwkv_peft import cli
+from rwkv_peft.checkpoint import load_base
+from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.peft.adapter_io import read_adapter
+from rwkv_peft.training.run import run
+from tests.helpers import relative_error, with_shape, write_base
+from tests.peft.cases import CASES, MODEL_CASES
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = [
+    *[(method, options, "none") for method, options in [*CASES, *MODEL_CASES] if not options.get("dropout")],
+    ("pissa", {"r": 4}, "nf4"),
+    ("bone", {"r": 16, "mode": "col"}, "int8"),
+]
+"""Method, options, quantisation. Dropout draws other numbers in other processes."""
+STRATEGIES = ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    tensors: dict[str, Tensor]
+    """What it saved."""
+
+
+def flags_of(folder: Path, out: str, *more: str) -> list[list[str]]:
+    """The flags of all runs, each in a folder of its own below `out`."""
+    common = f"--load_model {folder}/base.pth --data_file {folder}/data --ctx_len 32 --epoch_steps {STEPS}".split()
+    rates = "--accelerator cpu --precision fp32 --lr_init 1e-3 --lr_final 1e-3".split()
+    return [
+        [*common, *rates, "--peft", method, "--peft_config", json.dumps(options), "--quant", quant, *more,
+         "--proj_dir", str(folder / out / str(number))]
+        for number, (method, options, quant) in enumerate(RUNS)
+    ]  # fmt: skip
+
+
+def results(folder: Path) -> list[Result]:
+    """Of all runs below a folder."""
+    return [_result(folder / str(number)) for number in range(len(RUNS))]
+
+
+def _result(folder: Path) -> Result:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (saved,) = folder.glob("rwkv-0.*")
+    tensors = load_base(saved) if saved.suffix == ".pth" else read_adapter(saved)[0]
+    return Result([row["loss"] for row in rows], [row["grad_norm"] for row in rows], tensors)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small base and a small data set."""
+    folder = tmp_path_factory.mktemp("methods")
+    write_base(folder / "base.pth", with_shape(vocab_size=257))
+    tokenizer = load_tokenizer("bytes")
+    with BinidxWriter(folder / "data", tokenizer) as writer:
+        for number in range(100):
+            writer.add_document([*tokenizer.encode(f"{number} and {number} are {2 * number}."), tokenizer.eod])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: Path) -> list[Result]:
+    """The runs in one process, with the whole batch."""
+    for flags in flags_of(inputs, "alone", "--micro_bsz", "4"):
+        run(cli.resolve(cli.parse_args(flags)))
+    return results(inputs / "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_what_one_does(strategy: str, inputs: Path, alone: list[Result]):
+    """Losses, gradient norms, and exactly the same saved tensors, for every method."""
+    more = ["--micro_bsz", "2", "--devices", "2", "--strategy", strategy, "--grad_cp", "1"]
+    in_a_pair(flags_of(inputs, strategy, *more), inputs / f"{strategy}.json")
+    for case, pair, one in zip(RUNS, results(inputs / strategy), alone, strict=True):
+        assert len(one.losses) == STEPS
+        assert pair.losses == pytest.approx(one.losses, rel=1e-5), case
+        assert pair.grad_norms == pytest.approx(one.grad_norms, rel=1e-4), case
+        assert {name: t.shape for name, t in pair.tensors.items()} == {name: t.shape for name, t in one.tensors.items()}
+        for name, tensor in one.tensors.items():
+            assert pair.tensors[name].dtype == tensor.dtype
+            # Adam's first steps are as large as the rate, whatever the gradient: one near 0 shows its rounding.
+            assert relative_error(pair.tensors[name], tensor) < 1e-3, (case, name)
+
+
+def in_a_pair(runs: list[list[str]], file: Path) -> None:
+    """One pair of processes makes all runs in turn; starting it takes longer than a run."""
+    file.write_text(json.dumps(runs))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launcher, "tests/training/train_in_turn.py", str(file)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "RWKV-PEFT")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
