@@ -103,12 +103,58 @@ def test_bad_words_are_one_clear_line(argv, message):
             "--dim_att: .*found 64, .*multiple of head_size 48",
         ),
         ("--n_layer 1 --n_embd 64", "--data_file: no data to train on"),
+        (
+            "--dataload pack --peft prompt --n_layer 1 --n_embd 64 --dry_run",
+            "--dataload: pack clears the model's state",
+        ),
+        (
+            "--dataload only --n_layer 1 --n_embd 64 --dry_run",
+            "--micro_bsz: .*found 4 with --dataload only.*expected 1",
+        ),
+        ("--loss_mask se --n_layer 1 --n_embd 64 --dry_run", "--mask_id: .*found {} with --loss_mask se, expected"),
+        ("--magic_prime -7 --n_layer 1 --n_embd 64 --dry_run", "--magic_prime: bad value; found -7"),
         ("--load_model gone.pth --data_file x", "gone.pth: no such file"),
     ],
 )
 def test_bad_values_are_one_clear_line(argv, message):
     with pytest.raises(UserError, match=message):
         resolve(*argv.split())
+
+
+@pytest.mark.parametrize("words", [['{"mask0":"Q: ","mask1":[5,6]}'], ['{"mask0":"Q:', '","mask1":[5,6]}']])
+def test_markers_are_json_also_when_a_shell_split_them(words):
+    config = resolve("--loss_mask", "se", "--mask_id", *words, "--n_layer", 1, "--n_embd", 64, "--dry_run")
+    assert config.data.mask_id == {"mask0": "Q: ", "mask1": [5, 6]}
+    with pytest.raises(UserError, match=r"--mask_id: not a JSON object; found mask0, .*mask1"):
+        cli.parse_args(["--mask_id", "mask0"])
+
+
+def test_data_files_are_paths_and_shares(tmp_path):
+    words = ["--data_file", "my data/a,b:0.7", "c:0.3"]
+    settings = cli.parse_args(words)
+    config = cli.check(settings)
+    assert config.data.sources == (("my data/a,b", 0.7), ("c", 0.3))
+    write_yaml(config, tmp_path / "config.yaml")
+    assert cli.check(cli.parse_args(["--config", str(tmp_path / "config.yaml")])) == config
+    (tmp_path / "old.yaml").write_text("data: {data_file: data/chat}\n")
+    assert cli.parse_args(["--config", str(tmp_path / "old.yaml")])["data_file"] == ("data/chat",)
+    assert cli.is_bare(cli.parse_args(["--data_file", ""]))
+
+
+@pytest.mark.parametrize(
+    ("argv", "note"),
+    [
+        ("--long split", "note: --long has no effect with --dataload get\n"),
+        ("--dataload pad --magic_prime 5", "note: --magic_prime has no effect with --dataload pad\n"),
+        ("--dataload pack --my_exit_tokens 5", "note: --my_exit_tokens has no effect with --dataload pack\n"),
+        ('--mask_id {"mask0":1}', "note: --mask_id has no effect with --loss_mask auto\n"),
+        ("--dataload pad --magic_prime 0 --long split", ""),
+        ("--magic_prime 5 --my_exit_tokens 9", ""),
+    ],
+)
+def test_flags_that_the_rows_do_not_read_are_announced(capsys, argv, note):
+    cli.parse_args(argv.split())
+    assert capsys.readouterr().err == note
 
 
 def test_a_shape_flag_that_contradicts_the_file_names_both(tmp_path):

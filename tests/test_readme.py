@@ -11,7 +11,9 @@ from rwkv_peft.config import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OTHER_PROGRAMS = {"input", "output_prefix", "tokenizer", "text_key", "base_model", "adapter", "output", "dtype", "onto"}
+CONVERTER = set("input output_prefix tokenizer text_key fields template val_fraction workers on_error".split())
+INSPECTOR = set("check documents batches full boundaries".split())
+OTHER_PROGRAMS = {*CONVERTER, *INSPECTOR, "help", "base_model", "adapter", "output", "dtype", "onto"}
 
 
 def test_the_flag_table_has_every_flag_and_no_other():

@@ -6,20 +6,22 @@ The weights are random and in --precision; nothing is read or saved.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+# Before dataclasses, which imports inspect: tools/inspect.py would hide the standard library's.
+sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
+
 import argparse
 import json
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
-
-sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 
 import torch
 from torch import nn

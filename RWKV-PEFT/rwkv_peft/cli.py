@@ -39,7 +39,7 @@ ONE_VALUE_FLAGS = {"my_testing": "x060", "rwkv_version": "x060", "train_type": "
 
 IGNORED_FLAGS = (
     "avg_loss compile data_shuffle dropout ds_bucket_mb fla head_qk head_size_divisor l2warp_sparse load_partial "
-    "magic_prime my_att_shift my_exit my_exit_tokens my_ffn_shift my_pile_edecay my_pile_shift my_pile_stage "
+    "my_att_shift my_exit my_ffn_shift my_pile_edecay my_pile_shift my_pile_stage "
     "my_pile_version my_pos_emb my_qa_mask my_random_steps my_sample_len op optim pre_ffn state_tune tiny_att_dim "
     "tiny_att_layer weight_decay_final"
 ).split()
@@ -55,9 +55,11 @@ EPILOG = """With no --load_model, no --data_file and no shape flag, the demo's s
 (they are made on first use). Shape flags without --load_model mean training from scratch."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Argparse, with a UserError for each mistake."""
+
     def error(self, message: str) -> NoReturn:
-        raise UserError("command line", message.removeprefix("argument "), hint="See python train.py --help.")
+        raise UserError("command line", message.removeprefix("argument "), hint=f"See python {self.prog} --help.")
 
 
 def parse_args(argv: Sequence[str]) -> dict[str, Any]:
@@ -74,11 +76,15 @@ def parse_args(argv: Sequence[str]) -> dict[str, Any]:
         value = flags.pop(name, only)
         if value != only:
             raise ConfigError(name, found=value, expected=f"{only}, the only one there is so far")
+    if "mask_id" in flags:
+        flags["mask_id"] = parse_options("mask_id", flags["mask_id"], example='{"mask0":"Q:","mask1":"A:"}')
     flags = _choose_method_options(flags)
     settings = read_yaml(Path(flags.pop("config"))) if "config" in flags else {}
     if flags.get("peft", settings.get("peft")) != settings.get("peft"):
         settings.pop("peft_config", None)  # the options of another method
-    return _set_single_options(settings | flags)
+    settings = _set_single_options(settings | flags)
+    _announce_idle(flags, settings)
+    return settings
 
 
 def is_bare(settings: Mapping[str, Any]) -> bool:
@@ -115,13 +121,13 @@ def resolve(settings: Mapping[str, Any]) -> RunConfig:
     config = check(settings)
     if not config.data.data_file and not config.train.dry_run:
         raise ConfigError("data_file", what="no data to train on", expected="the prefix of a binidx pair")
-    return replace(config, model=_resolve_shape(config.model, config.train.load_model, config.data.data_file))
+    return replace(config, model=_resolve_shape(config.model, config.train.load_model, config.data))
 
 
-def _resolve_shape(asked: ModelConfig, load_model: str, data_file: str) -> ModelConfig:
+def _resolve_shape(asked: ModelConfig, load_model: str, data: DataConfig) -> ModelConfig:
     """The checkpoint's shape, where no flag contradicts it; else the flags' shape, completed."""
     if not load_model:
-        vocab_size = asked.vocab_size or _vocab_size_of_data(data_file)
+        vocab_size = asked.vocab_size or _vocab_size_of_data(data)
         return replace(asked, vocab_size=vocab_size).resolved()
     from rwkv_peft.checkpoint import load_base, shape_of
 
@@ -135,20 +141,19 @@ def _resolve_shape(asked: ModelConfig, load_model: str, data_file: str) -> Model
     return shape
 
 
-def _vocab_size_of_data(data_file: str) -> int:
-    if not data_file:
-        return 0
+def _vocab_size_of_data(data: DataConfig) -> int:
+    """The largest that a pair's sidecar names; 0 where none does."""
     from rwkv_peft.data.binidx import BinidxReader
 
-    meta = BinidxReader(data_file).meta
-    return meta.vocab_size if meta else 0
+    metas = [BinidxReader(path).meta for path, _ in data.sources]
+    return max((meta.vocab_size for meta in metas if meta), default=0)
 
 
 # --------------------------------------------------------------------------------------------- flags
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         description="Fine-tune RWKV-6 with Bone or another method. Every flag has a default.",
         epilog=EPILOG,
@@ -157,10 +162,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="YAML", help="Settings of an earlier run (its config.yaml); flags win.")
     for owner in SECTIONS.values():
-        group = parser.add_argument_group(inspect.getdoc(owner).splitlines()[0].rstrip("."))
-        helps, kinds = field_docs(owner), typing.get_type_hints(owner)
-        for spec in fields(owner):
-            _add_flag(group, spec, kinds[spec.name], helps[spec.name])
+        add_section(parser, owner)
     for flag in METHOD_FLAGS:
         parser.add_argument(f"--{flag}", nargs="+", help=argparse.SUPPRESS)
     for flag, (_, _, kind, text) in OPTION_FLAGS.items():
@@ -172,14 +174,26 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_section(parser: argparse.ArgumentParser, owner: type, leave_out: Sequence[str] = ()) -> None:
+    """One flag for each field of a config dataclass but those of `leave_out`; a flag that is not given sets nothing."""
+    group = parser.add_argument_group(inspect.getdoc(owner).splitlines()[0].rstrip("."))
+    helps, kinds = field_docs(owner), typing.get_type_hints(owner)
+    for spec in fields(owner):
+        if spec.name not in leave_out:
+            _add_flag(group, spec, kinds[spec.name], helps[spec.name])
+
+
 def _add_flag(group: argparse._ArgumentGroup, spec: Field, kind: Any, text: str) -> None:
     names = [f"--{spec.name}", *(f"--{alias}" for alias in spec.metadata.get("aliases", ()))]
     shown = spec.default if isinstance(spec.default, str | int | float) else None
     text = text.replace("%", "%%") + (f" [{shown}]" if shown else "")
     options: dict[str, Any] = {"dest": spec.name, "help": text, "metavar": type_name(kind)}
+    options["default"] = argparse.SUPPRESS
     if typing.get_origin(kind) is tuple:
         options |= {"nargs": "*", "action": _WordsAction}
-    elif spec.name == "peft_config":
+        if spec.metadata.get("paths"):  # a path may hold a comma or a space
+            options |= {"nargs": "+", "action": _PathsAction, "metavar": "PREFIX"}
+    elif typing.get_origin(kind) is Mapping:
         options |= {"nargs": "+"}
     elif kind is bool:
         options |= {"nargs": "?", "const": True, "type": converter(bool)}
@@ -204,6 +218,13 @@ class _WordsAction(argparse.Action):
         setattr(namespace, self.dest, tuple(words))
 
 
+class _PathsAction(argparse.Action):
+    """Words as they are, as a tuple."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, tuple(value for value in values if value))
+
+
 def field_docs(owner: type) -> dict[str, str]:
     """The string literal below each field of a dataclass of config.py, by field name."""
     tree = ast.parse(inspect.getsource(config_module))
@@ -218,8 +239,8 @@ def field_docs(owner: type) -> dict[str, str]:
 # ------------------------------------------------------------------------------------ method options
 
 
-def parse_options(flag: str, words: Sequence[str]) -> dict[str, Any]:
-    """A method's options: JSON, also with angle brackets for braces, also split at spaces by a shell.
+def parse_options(flag: str, words: Sequence[str], example: str = '{"r":64}') -> dict[str, Any]:
+    """A flag's options: JSON, also with angle brackets for braces, also split at spaces by a shell.
 
     Raises:
         ConfigError: not a JSON object.
@@ -232,9 +253,8 @@ def parse_options(flag: str, words: Sequence[str]) -> dict[str, Any]:
     except json.JSONDecodeError:
         options = None
     if not isinstance(options, dict):
-        raise ConfigError(
-            flag, what="not a JSON object", found=text, expected="""'{"r":64}', the single quotes included"""
-        )
+        expected = f"'{example}', the single quotes included"
+        raise ConfigError(flag, what="not a JSON object", found=text, expected=expected)
     return options
 
 
@@ -270,6 +290,20 @@ def _set_single_options(settings: dict[str, Any]) -> dict[str, Any]:
         if options.get("cp") and options.get("impl") != "materialized":
             sys.stderr.write("note: --bone_cp has no effect: only --bone_impl materialized keeps what it would drop\n")
     return settings
+
+
+def _announce_idle(flags: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Warn of flags about the data that the chosen --dataload or --loss_mask does not read."""
+    dataload, loss_mask = settings.get("dataload", "get"), settings.get("loss_mask", "auto")
+    windows = dataload in ("get", "walk")
+    for name, idle, chosen in (
+        ("long", windows, f"--dataload {dataload}"),
+        ("magic_prime", not windows, f"--dataload {dataload}"),
+        ("my_exit_tokens", not windows, f"--dataload {dataload}"),
+        ("mask_id", loss_mask != "se", f"--loss_mask {loss_mask}"),
+    ):
+        if flags.get(name) and idle:
+            sys.stderr.write(f"note: --{name} has no effect with {chosen}\n")
 
 
 def _refuse_unknown(words: Sequence[str]) -> None:

@@ -25,6 +25,19 @@ def _require(flag: str, value: Any, good: bool, expected: str) -> None:
         raise ConfigError(flag, found=value, expected=expected)
 
 
+def _source(word: str) -> tuple[str, float | None]:
+    """`a:0.7` as ("a", 0.7); a colon before anything but a number belongs to the path."""
+    path, colon, share = word.rpartition(":")
+    try:
+        weight = float(share)
+    except ValueError:
+        return word, None
+    if not (colon and path):
+        return word, None
+    _require("data_file", word, 0 < weight < math.inf, "a share above 0, as in a:0.7")
+    return path, weight
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of the model. 0 means: read it from the checkpoint, or follow RWKV-LM's rule."""
@@ -95,18 +108,26 @@ class PeftConfig:
 class DataConfig:
     """Which tokens, in which order."""
 
-    data_file: str = ""
-    """Prefix of a binidx pair (PREFIX.bin, PREFIX.idx), as tools/json2binidx.py writes it."""
+    data_file: tuple[str, ...] = field(default=(), metadata={"paths": True})
+    """Prefix of a binidx pair (PREFIX.bin, PREFIX.idx); or several, with shares of the rows: a:0.7 b:0.3."""
     data_type: Literal["binidx"] = "binidx"
     """Format of --data_file."""
     ctx_len: int = 1024
     """Tokens of one training sample."""
     micro_bsz: int = 4
     """Samples per device and step."""
-    dataload: Literal["get", "pad"] = "get"
-    """get: random windows over all tokens; pad: one document a row, padded with masked zeros."""
-    loss_mask: Literal["none", "pad"] = "none"
-    """Tokens kept out of the loss beyond padding, which never trains: none and pad mean the same so far."""
+    dataload: Literal["get", "walk", "pad", "only", "pack"] = "get"
+    """get: random windows; walk: RWKV-LM's, each once; pad, only: one document a row, padded or not; pack: several."""
+    long: Literal["truncate", "split"] = "truncate"
+    """What pad, only and pack do with a document longer than a row: cut its end off, or spread it over rows."""
+    loss_mask: Literal["auto", "none", "pad", "qa", "se", "file"] = "auto"
+    """Beside padding: none, pad: all trains; qa: answers; se: see --mask_id; file: PREFIX.mask.bin, if there (auto)."""
+    mask_id: Mapping[str, Any] = field(default_factory=dict)
+    """For se, what trains lies after mask1 and before mask0: '{"mask0":"Q:","mask1":"A:"}', texts or token ids."""
+    magic_prime: int = 0
+    """RWKV-LM's flag: turns get into walk. The prime is computed; another one is an error that names it."""
+    my_exit_tokens: int = 0
+    """RWKV-LM's flag: the tokens of the data. With get and walk, another number is an error that names it."""
     epoch_steps: int = 0
     """Batches of one epoch (a batch is nodes x devices x micro_bsz samples); 0 means one pass over the data."""
     epoch_count: int = 1
@@ -124,6 +145,33 @@ class DataConfig:
                 name, getattr(self, name), 0 <= getattr(self, name) <= MAX_INTEGER, "an integer from 0 to 2^31 - 1"
             )
         _require("random_seed", self.random_seed, -1 <= self.random_seed <= MAX_INTEGER, "0 to 2^31 - 1, or -1")
+        if isinstance(self.data_file, str):
+            object.__setattr__(self, "data_file", (self.data_file,) if self.data_file else ())
+        self._check_sampling()
+
+    def _check_sampling(self) -> None:
+        if self.dataload == "only" and self.micro_bsz != 1:
+            found = f"{self.micro_bsz} with --dataload only, whose rows are of different lengths"
+            raise ConfigError("micro_bsz", found=found, expected=1, hint="--accumulate_grad_batches sums more of them.")
+        if self.loss_mask == "se" and set(self.mask_id) != {"mask0", "mask1"}:
+            found = f"{dict(self.mask_id)} with --loss_mask se"
+            raise ConfigError("mask_id", found=found, expected="""'{"mask0":"Q:","mask1":"A:"}'""")
+        for name in ("magic_prime", "my_exit_tokens"):
+            _require(name, getattr(self, name), getattr(self, name) >= 0, "an integer of at least 0")
+        weights = [weight for _, weight in self.sources]
+        if None in weights and set(weights) != {None}:
+            found = " ".join(self.data_file)
+            raise ConfigError("data_file", what="a share for some only", found=found, expected="one for each, or none")
+
+    @property
+    def walks(self) -> bool:
+        """Whether rows are RWKV-LM's walk: `walk`, and `get` with a magic_prime."""
+        return self.dataload == "walk" or (self.dataload == "get" and self.magic_prime > 0)
+
+    @property
+    def sources(self) -> tuple[tuple[str, float | None], ...]:
+        """Prefix and share of each pair; the share None where none was given."""
+        return tuple(_source(word) for word in self.data_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +256,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.dataload == "pack" and self.peft.peft == "prompt":
+            what = "pack clears the model's state where a document begins, and the prompt would be lost"
+            raise ConfigError("dataload", what=what, found="--peft prompt", expected="--dataload pad, only or get")
 
 
 SECTIONS: Mapping[str, type] = {

@@ -50,6 +50,8 @@ def _from_yaml(owner: type, spec: Field, value: Any) -> Any:
     origin = typing.get_origin(kind)
     if origin is tuple or origin not in (None, Literal):
         plain = list if origin is tuple else dict
+        if spec.metadata.get("paths") and isinstance(value, str):
+            value = [value] if value else []  # one path, as earlier versions wrote it
         if not isinstance(value, plain | None):
             raise ConfigError("config", spec.name, found=repr(value), expected=f"a YAML {plain.__name__}")
         return tuple(str(item) for item in value or ()) if origin is tuple else dict(value or {})

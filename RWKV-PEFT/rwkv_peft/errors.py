@@ -56,6 +56,37 @@ class DataError(UserError):
     """A data file is missing, damaged or does not fit the model."""
 
 
+class BadRecord(Exception):
+    """A record of a data file cannot be used. Whoever reads the file knows where it is, and tells the user.
+
+    Args:
+        lines_down: how many lines below the record's first line the mistake is.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: object = None,
+        expected: object = None,
+        hint: str | None = None,
+        lines_down: int = 0,
+    ) -> None:
+        super().__init__(what)
+        self.lines_down = lines_down
+        # Text alone travels between processes: not every exception, for one, survives that.
+        self._found = None if found is None else str(found)
+        self._what, self._expected, self._hint = what, expected, hint
+
+    def at(self, where: str) -> DataError:
+        return DataError(where, self._what, found=self._found, expected=self._expected, hint=self._hint)
+
+    @property
+    def reason(self) -> str:
+        """The message without a place."""
+        return str(self.at("")).removeprefix(": ")
+
+
 class CheckpointError(UserError):
     """A model or adapter file is missing, damaged or does not fit."""
 

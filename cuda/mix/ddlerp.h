@@ -18,13 +18,14 @@ namespace rwkv_peft {
 // The inputs, contiguous, parameters wide.
 struct Ddlerp {
   Tensor x, last, mixed_base, w1, base, w2;
+  Starts starts;
   int64_t batch, tokens, width, rank;
   const MixLoops& loops;
 
   Ddlerp(const Tensor& x_, const Tensor& last_, const Tensor& maa_x, const Tensor& w1_, const Tensor& maa,
-         const Tensor& w2_)
-      : x(x_.contiguous()), loops(mix_loops(is_bf16(x_))) {
-    TORCH_CHECK(x.dim() == 3 && w2_.dim() == 3, "ddlerp: x must be (B, T, C) and w2 (5, rank, C)");
+         const Tensor& w2_, const std::optional<Tensor>& starts_)
+      : x(three_dims(x_).contiguous()), starts(starts_, x), loops(mix_loops(is_bf16(x_))) {
+    TORCH_CHECK(w2_.dim() == 3, "ddlerp: w2 must be (5, rank, C)");
     batch = x.size(0), tokens = x.size(1), width = x.size(2), rank = w2_.size(1);
     last = like("last", last_, {batch, width}, x);
     mixed_base = fp32("maa_x", maa_x, {width});
@@ -33,9 +34,14 @@ struct Ddlerp {
     w2 = fp32("w2", w2_, {kMixes, rank, width});
   }
 
+  static const Tensor& three_dims(const Tensor& x) {
+    TORCH_CHECK(x.dim() == 3, "ddlerp: x must be (B, T, C)");
+    return x;
+  }
+
   int64_t rows() const { return batch * tokens; }
   int64_t most_rows() const { return std::min(kChunkRows, rows()); }
-  Rows chunk(int64_t first) const { return {width, tokens, first, std::min(kChunkRows, rows() - first)}; }
+  Rows chunk(int64_t first) const { return starts.in({width, tokens, first, std::min(kChunkRows, rows() - first)}); }
   Tensor buffer(int64_t count) const { return at::empty({count * width}, base.options()); }
 
   // This mix's columns of low_rank or of its gradient: (rows, 5 rank) -> (rows, rank).
@@ -66,8 +72,8 @@ using Mixes = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // The inputs of decay, key, value, receptance and gate, and low_rank.
 inline Mixes ddlerp(const Tensor& x, const Tensor& last, const Tensor& maa_x, const Tensor& w1, const Tensor& maa,
-                    const Tensor& w2) {
-  const Ddlerp n(x, last, maa_x, w1, maa, w2);
+                    const Tensor& w2, const std::optional<Tensor>& starts) {
+  const Ddlerp n(x, last, maa_x, w1, maa, w2, starts);
   std::array<Tensor, kMixes> out;
   for (Tensor& one : out) one = at::empty_like(n.x);
   Tensor low_rank = at::empty({n.rows(), kMixes * n.rank}, n.base.options());
@@ -168,8 +174,8 @@ class DdlerpBackward {
 inline Mixes ddlerp_backward(const Tensor& x, const Tensor& last, const Tensor& maa_x, const Tensor& w1,
                              const Tensor& maa, const Tensor& w2, const Tensor& low_rank, const Tensor& grad_w,
                              const Tensor& grad_k, const Tensor& grad_v, const Tensor& grad_r, const Tensor& grad_g,
-                             bool train) {
-  const Ddlerp n(x, last, maa_x, w1, maa, w2);
+                             bool train, const std::optional<Tensor>& starts) {
+  const Ddlerp n(x, last, maa_x, w1, maa, w2, starts);
   return DdlerpBackward(n, low_rank, {grad_w, grad_k, grad_v, grad_r, grad_g}, train).run();
 }
 

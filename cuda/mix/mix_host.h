@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -51,6 +52,24 @@ inline Tensor fp32(const char* name, const Tensor& t, at::IntArrayRef sizes) {
   TORCH_CHECK(t.sizes() == sizes, name, " must be of shape ", sizes, ", found ", t.sizes());
   return t.to(at::kFloat).contiguous();
 }
+
+// Where texts begin inside the sequences of x (B, T, C), and what comes before each.
+struct Starts {
+  Tensor rows, zeros;  // (B, T) bool, (C); undefined where no text begins inside
+
+  Starts(const std::optional<Tensor>& starts, const Tensor& x) {
+    if (!starts) return;
+    TORCH_CHECK(starts->sizes() == x.sizes().slice(0, 2) && starts->scalar_type() == at::kBool,
+                "starts must be a bool of shape ", x.sizes().slice(0, 2));
+    rows = starts->contiguous(), zeros = at::zeros({x.size(2)}, x.options());
+  }
+
+  // The rows `n` with this in them.
+  Rows in(Rows n) const {
+    if (rows.defined()) n.starts = rows.const_data_ptr<bool>(), n.zeros = zeros.const_data_ptr();
+    return n;
+  }
+};
 
 // Calls body(begin, end) on slices of `width` columns, each a multiple of `unit` but the last.
 template <typename Body>

@@ -14,6 +14,8 @@ constexpr int kMixes = 5;  // the inputs of decay, key, value, receptance and ga
 // `count` rows from `first`, of sequences of `tokens` rows each.
 struct Rows {
   int64_t width, tokens, first, count;
+  const bool* starts = nullptr;  // of all rows: whether a text begins there, with zeros before it; or null for nowhere
+  const void* zeros = nullptr;   // (width), read where starts is set
 };
 
 // out_m = x + (previous - x) * (base_m + amounts_m): x moved towards the token before it.

@@ -72,6 +72,7 @@ T* row_of(void* tensor, int64_t row, const Rows& n) {
 
 template <typename T>
 const T* previous_of(const void* x, const void* last, int64_t row, const Rows& n) {
+  if (n.starts && n.starts[row]) return static_cast<const T*>(n.zeros);
   return row % n.tokens ? row_of<T>(x, row - 1, n) : row_of<T>(last, row / n.tokens, n);
 }
 
@@ -167,6 +168,7 @@ void shift_backward(const ShiftBackward& a, int64_t begin, int64_t end) {
 #pragma omp simd
       for (int64_t j = begin; j < end; ++j) a.grad_mixed_base[j] += mixed[j] * (widen(before[j]) - widen(x[j]));
     }
+    if (n.starts && n.starts[row]) std::fill(a.carry + begin, a.carry + end, 0.0f);  // to no token before a start
     if (token != 0) continue;
     scalar_t* grad_last = row_of<scalar_t>(a.grad_last, row / n.tokens, n);
 #pragma omp simd

@@ -14,14 +14,16 @@ namespace {
 constexpr int64_t kShiftMixes = 2;  // channel-mix's: the inputs of key and receptance
 
 // Two mixes of x and its predecessor by amounts that do not depend on the data, maa (2, C).
-std::tuple<Tensor, Tensor> shift_lerp(const Tensor& x_, const Tensor& last_, const Tensor& maa) {
+std::tuple<Tensor, Tensor> shift_lerp(const Tensor& x_, const Tensor& last_, const Tensor& maa,
+                                      const std::optional<Tensor>& starts_) {
   TORCH_CHECK(x_.dim() == 3, "shift_lerp: x must be (B, T, C)");
   const Tensor x = x_.contiguous(), last = like("last", last_, {x.size(0), x.size(2)}, x);
   const int64_t tokens = x.size(1), width = x.size(2), rows = x.size(0) * tokens;
   const Tensor base = fp32("maa", maa, {kShiftMixes, width});
+  const Starts starts(starts_, x);
   Tensor k = at::empty_like(x), r = at::empty_like(x);
   const MixLoops& loops = mix_loops(is_bf16(x));
-  const Lerp a{{width, tokens, 0, rows}, x.const_data_ptr(), last.const_data_ptr(), base.const_data_ptr<float>(),
+  const Lerp a{starts.in({width, tokens, 0, rows}), x.const_data_ptr(), last.const_data_ptr(), base.const_data_ptr<float>(),
                nullptr, kShiftMixes, {k.mutable_data_ptr(), r.mutable_data_ptr()}};
   over_columns(width, kColumns, rows, [&](int64_t begin, int64_t end) { loops.lerp(a, begin, end); });
   return {k, r};
@@ -30,13 +32,15 @@ std::tuple<Tensor, Tensor> shift_lerp(const Tensor& x_, const Tensor& last_, con
 // Gradients of (x, last, maa). x and last are needed for maa's alone, which is empty without them.
 std::tuple<Tensor, Tensor, Tensor> shift_lerp_backward(const std::optional<Tensor>& x_,
                                                        const std::optional<Tensor>& last_, const Tensor& maa,
-                                                       const Tensor& grad_k_, const Tensor& grad_r_) {
+                                                       const Tensor& grad_k_, const Tensor& grad_r_,
+                                                       const std::optional<Tensor>& starts_) {
   TORCH_CHECK(grad_k_.dim() == 3 && x_.has_value() == last_.has_value(), "shift_lerp: wrong arguments");
   const Tensor grad_k = grad_k_.contiguous(), grad_r = like("a gradient", grad_r_, grad_k.sizes(), grad_k);
   const int64_t batch = grad_k.size(0), tokens = grad_k.size(1), width = grad_k.size(2);
   const Tensor x = x_ ? like("x", *x_, grad_k.sizes(), grad_k) : Tensor();
   const Tensor last = last_ ? like("last", *last_, {batch, width}, grad_k) : Tensor();
   const Tensor base = fp32("maa", maa, {kShiftMixes, width});
+  const Starts starts(starts_, grad_k);
   Tensor grad_x = at::empty_like(grad_k), grad_last = at::empty({batch, width}, grad_k.options());
   Tensor grad_maa = sum_like(base, x_.has_value()), carry = at::zeros({width}, base.options());
   Tensor self = at::empty({kChunkRows, width}, base.options()), previous = at::empty_like(self);
@@ -52,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> shift_lerp_backward(const std::optional<Tenso
   b.grad_x = grad_x.mutable_data_ptr(), b.grad_last = grad_last.mutable_data_ptr();
   const int64_t rows = batch * tokens;
   for (int64_t first = (rows - 1) / kChunkRows * kChunkRows; first >= 0; first -= kChunkRows) {
-    a.rows = b.rows = {width, tokens, first, std::min(kChunkRows, rows - first)};
+    a.rows = b.rows = starts.in({width, tokens, first, std::min(kChunkRows, rows - first)});
     Tensor grad_of_chunk = sum_like(base, x_.has_value());
     a.grad_base = x_ ? grad_of_chunk.mutable_data_ptr<float>() : nullptr;
     over_columns(width, kColumns, a.rows.count, [&](int64_t begin, int64_t end) {
@@ -146,15 +150,16 @@ Tensor relu_square_backward(const Tensor& grad_, const Tensor& out_) {
 
 TORCH_LIBRARY_FRAGMENT(rwkv_peft, m) {
   m.def(
-      "ddlerp(Tensor x, Tensor last, Tensor maa_x, Tensor w1, Tensor maa, Tensor w2)"
+      "ddlerp(Tensor x, Tensor last, Tensor maa_x, Tensor w1, Tensor maa, Tensor w2, Tensor? starts=None)"
       " -> (Tensor w, Tensor k, Tensor v, Tensor r, Tensor g, Tensor low_rank)");
   m.def(
       "ddlerp_backward(Tensor x, Tensor last, Tensor maa_x, Tensor w1, Tensor maa, Tensor w2, Tensor low_rank,"
-      " Tensor grad_w, Tensor grad_k, Tensor grad_v, Tensor grad_r, Tensor grad_g, bool train)"
+      " Tensor grad_w, Tensor grad_k, Tensor grad_v, Tensor grad_r, Tensor grad_g, bool train,"
+      " Tensor? starts=None)"
       " -> (Tensor grad_x, Tensor grad_last, Tensor grad_maa_x, Tensor grad_w1, Tensor grad_maa, Tensor grad_w2)");
-  m.def("shift_lerp(Tensor x, Tensor last, Tensor maa) -> (Tensor k, Tensor r)");
+  m.def("shift_lerp(Tensor x, Tensor last, Tensor maa, Tensor? starts=None) -> (Tensor k, Tensor r)");
   m.def(
-      "shift_lerp_backward(Tensor? x, Tensor? last, Tensor maa, Tensor grad_k, Tensor grad_r)"
+      "shift_lerp_backward(Tensor? x, Tensor? last, Tensor maa, Tensor grad_k, Tensor grad_r, Tensor? starts=None)"
       " -> (Tensor grad_x, Tensor grad_last, Tensor grad_maa)");
   m.def("gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, int groups, float eps) -> Tensor");
   m.def(

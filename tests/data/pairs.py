@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -45,3 +46,11 @@ def write_files(prefix: Path, index: bytes, tokens: bytes) -> str:
     prefix.with_suffix(".idx").write_bytes(index)
     prefix.with_suffix(".bin").write_bytes(tokens)
     return str(prefix)
+
+
+def write_mask(prefix: str, mask: bytes) -> str:
+    """Put a mask beside a pair, and say so in its sidecar; returns the prefix."""
+    Path(prefix + ".mask.bin").write_bytes(mask)
+    meta = Path(prefix + ".meta.json")
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"mask": True}))
+    return prefix

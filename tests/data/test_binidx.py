@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import random
 import struct
 import tempfile
 from pathlib import Path
@@ -11,9 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxReader, BinidxWriter
-from rwkv_peft.data.sampling import Samples
+from rwkv_peft.data.binidx import BinidxReader, BinidxWriter, finalize_together
 from rwkv_peft.errors import DataError
 from tests.data.pairs import IdsOnly, index_bytes, write_files
 
@@ -63,6 +60,9 @@ def test_marks_group_items_into_documents(tmp_path, marks, documents):
 @settings(max_examples=50)
 @given(documents=st.lists(st.lists(st.integers(0, 65535)), min_size=1).filter(any), wide=st.booleans())
 def test_round_trip(documents, wide):
+    """What is written is read, and is what Megatron's writer makes of the same lists."""
+    code, letter, itemsize = (4, "i", 4) if wide else (8, "H", 2)
+    flat = [token for ids in documents for token in ids]
     with tempfile.TemporaryDirectory() as folder:
         with BinidxWriter(f"{folder}/pair", IdsOnly(10**6 if wide else 65536)) as writer:
             for ids in documents:
@@ -70,7 +70,10 @@ def test_round_trip(documents, wide):
         reader = BinidxReader(f"{folder}/pair")
         assert documents_of(reader) == documents
         assert reader.sizes.tolist() == [len(ids) for ids in documents]
-        assert reader.tokens.tolist() == [token for ids in documents for token in ids]
+        assert reader.tokens.tolist() == flat
+        assert Path(f"{folder}/pair.bin").read_bytes() == struct.pack(f"<{len(flat)}{letter}", *flat)
+        index = index_bytes([len(ids) for ids in documents], code=code, itemsize=itemsize)
+        assert Path(f"{folder}/pair.idx").read_bytes() == index
 
 
 def test_writer_never_wraps_an_id(tmp_path):
@@ -168,7 +171,12 @@ def test_folder_in_place_of_a_file(write_pair):
             lambda meta: meta | {"tokens": 12},
             "found 3 documents and 12 tokens, expected 3 and 11",
         ),
-        (lambda meta: meta | {"format_version": 9}, "unknown format version"),
+        (lambda meta: meta | {"format_version": 9}, "unknown format version; found 9, expected 1 to 2"),
+        (lambda meta: meta | {"format_version": 0}, "unknown format version"),
+        (lambda meta: meta | {"mask": 1}, "damaged; found TypeError('mask is 1, neither true nor false')"),
+        (lambda meta: {key: meta[key] for key in meta if key != "mask"}, "damaged; found KeyError('mask')"),
+        (lambda meta: meta | {"vocab_size": -300}, "damaged; found ValueError('eod 0 is no id"),
+        (lambda meta: meta | {"tokenizer_spec": "\ud800"}, "damaged; found UnicodeEncodeError"),
         (lambda meta: meta | {"tokenizer": {"name": "x"}}, "damaged; found KeyError('sha256')"),
         (lambda meta: meta | {"vocab_size": float("inf")}, "damaged"),
         (lambda meta: [meta], "damaged"),
@@ -181,45 +189,6 @@ def test_bad_sidecar_is_a_clear_error(write_pair, change, message):
         BinidxReader(path.with_name("pair"))
     assert message in str(caught.value)
     assert f"{path}: " in str(caught.value)
-
-
-def test_random_damage_is_harmless_or_a_data_error(write_pair):
-    """Bits flipped, ends cut off or added, in any of the three files: everything is read, as training would."""
-    rng = random.Random(0)
-    prefix = write_pair([[rng.randrange(1, 300) for _ in range(rng.randrange(1, 9))] + [0] for _ in range(20)], 300)
-    config = DataConfig(data_file=prefix, ctx_len=8, dataload="pad")
-    found = {".bin": 0, ".idx": 0, ".meta.json": 0}
-    for _ in range(600):
-        suffix = rng.choice(list(found))
-        path = Path(prefix + suffix)
-        whole = path.read_bytes()
-        path.write_bytes(damaged(whole, rng))
-        error = error_of_training(config)
-        assert error is None or error.startswith(prefix)
-        found[suffix] += error is not None
-        path.write_bytes(whole)
-    assert min(found.values()) > 30, found  # the damage was real
-
-
-def error_of_training(config: DataConfig) -> str | None:
-    """What the user would be told; any exception but DataError goes through."""
-    try:
-        samples = Samples(BinidxReader(config.data_file), config, vocab_size=300)
-        rows = [samples.sample(0, 0, i) for i in range(25)]
-    except DataError as error:
-        return str(error)
-    assert all(row["input_ids"].min() >= 0 and row["input_ids"].max() < 300 for row in rows)
-    return None
-
-
-def damaged(content: bytes, rng: random.Random) -> bytes:
-    place = rng.randrange(len(content))
-    kind = rng.choice(["flip", "flip", "cut", "grow"])
-    if kind == "cut":
-        return content[:place]
-    if kind == "grow":
-        return content + rng.randbytes(rng.randrange(1, 20))
-    return content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
 
 
 def files_of(prefix: str) -> dict[str, bytes]:
@@ -270,3 +239,70 @@ def test_failure_before_the_renames_leaves_the_old_pair(write_pair, monkeypatch)
     with pytest.raises(OSError, match="No space"):
         write_pair([[9, 0]])
     assert files_of(prefix) == before
+
+
+def test_mask_is_written_beside_the_tokens(tmp_path):
+    prefix = str(tmp_path / "pair")
+    with BinidxWriter(prefix, IdsOnly()) as writer:
+        writer.add_document([1, 2, 0])  # before anything says that there is a mask: trains everywhere
+        writer.add_document([3, 4, 5, 0], [0, 0, 1, 1])
+        writer.add_document([6, 0])
+    assert Path(prefix + ".mask.bin").read_bytes() == bytes([1, 1, 1, 0, 0, 1, 1, 1, 1])
+    assert documents_of(BinidxReader(prefix)) == [[1, 2, 0], [3, 4, 5, 0], [6, 0]]
+    assert BinidxReader(prefix).meta.mask is True
+    assert BinidxReader(prefix).meta.format_version == 2
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_a_mask_stays_as_long_as_its_pair(tmp_path, with_mask):
+    prefix = str(tmp_path / "pair")
+    with BinidxWriter(prefix, IdsOnly(), with_mask=True) as writer:
+        writer.add_document([1, 2, 3, 0])
+    with BinidxWriter(prefix, IdsOnly(), with_mask=with_mask) as writer:
+        writer.add_document([1, 0])
+    assert Path(prefix + ".mask.bin").exists() == with_mask
+    assert json.loads(Path(prefix + ".meta.json").read_text())["mask"] is with_mask
+    assert not with_mask or Path(prefix + ".mask.bin").read_bytes() == b"\1\1"
+
+
+@pytest.mark.parametrize("mask", [[1], [1, 2, 1]])
+def test_writer_refuses_a_mask_that_is_none(tmp_path, mask):
+    with pytest.raises(ValueError, match="mask"), BinidxWriter(tmp_path / "pair", IdsOnly()) as writer:
+        writer.add_document([1, 2, 0], mask)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sidecars_of_before_masks_are_read(write_pair):
+    path = Path(write_pair(DOCUMENTS) + ".meta.json")
+    old = json.loads(path.read_text()) | {"format_version": 1}
+    del old["mask"]
+    path.write_text(json.dumps(old))
+    assert BinidxReader(path.with_name("pair")).meta.mask is False
+
+
+def test_a_document_in_pieces_and_one_taken_back(tmp_path):
+    prefix = str(tmp_path / "pair")
+    with BinidxWriter(prefix, IdsOnly(), with_mask=True) as writer:
+        writer.add_encoded(struct.pack("<4H", 1, 0, 2, 3), (2, 2), b"\1\1\0\1", goes_on=True)
+        writer.add_encoded(struct.pack("<3H", 4, 0, 5), (2, 1), goes_on=True)
+        assert writer.drop_unfinished() == 1
+        assert writer.drop_unfinished() == 0
+        writer.add_encoded(struct.pack("<1H", 6), (1,), goes_on=False)
+    assert documents_of(BinidxReader(prefix)) == [[1, 0], [2, 3, 4, 0], [6]]
+    assert Path(prefix + ".mask.bin").read_bytes() == b"\1\1\0\1\1\1\1"
+
+
+def test_pairs_that_belong_together_appear_together(tmp_path, write_pair, monkeypatch):
+    """Between the two there is no readable mixture of an old one and a new one."""
+    for name in ("a", "b"):
+        write_pair(DOCUMENTS, name=name)
+    writers = [BinidxWriter(tmp_path / name, IdsOnly()) for name in ("a", "b")]
+    for writer in writers:
+        writer.add_document([9, 0])
+    monkeypatch.setattr(writers[1], "replace_old_pair", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        finalize_together(writers)
+    assert documents_of(BinidxReader(tmp_path / "a")) == [[9, 0]]
+    with pytest.raises(DataError, match=r"b\.idx: no such file"):
+        BinidxReader(tmp_path / "b")
+    assert not list(tmp_path.glob("*.tmp"))

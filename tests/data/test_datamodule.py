@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.utils.data import DataLoader
 
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.datamodule import BinidxDataModule
+from rwkv_peft.data.datamodule import BinidxDataModule, SampleDataset
 from rwkv_peft.data.sampling import Samples
-from rwkv_peft.errors import DataError
+from rwkv_peft.errors import ConfigError, DataError
 from tests.data.pairs import IdsOnly
 
 
@@ -42,7 +43,7 @@ def test_batches_have_the_promised_shapes(prefix):
     }
 
 
-@pytest.mark.parametrize("dataload", ["get", "pad"])
+@pytest.mark.parametrize("dataload", ["get", "walk", "pad", "pack"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_together_see_what_one_process_sees(prefix, dataload, world_size):
     ranks = [batches_of_rank(prefix, q, world_size, dataload=dataload, epoch_steps=5) for q in range(world_size)]
@@ -59,6 +60,61 @@ def test_an_epoch_of_pad_is_exactly_the_data(prefix, world_size):
     order = [row for step in zip(*ranks, strict=True) for batch in step for row in batch["input_ids"][:, 0].tolist()]
     assert sorted(order[:23]) == list(range(1, 24))
     assert len(order) == 24  # the last batch is filled up, with no batch more than needed
+
+
+def test_batches_of_pack_say_where_documents_begin(prefix):
+    """Two documents of 3 tokens a row; the 23rd is alone."""
+    batches = batches_of_rank(prefix, 0, 1, dataload="pack")
+    assert len(batches) == 3
+    assert all(batch["starts"].dtype == torch.bool for batch in batches)
+    assert all(batch["starts"].sum().item() == 8 for batch in batches)
+    assert batches[0]["starts"].tolist() == 4 * [[True, False, False, True, False, False]]
+
+
+def test_batches_of_only_are_as_long_as_the_document(write_pair):
+    prefix = write_pair([[1] * n for n in (2, 5, 4, 9)])
+    batches = batches_of_rank(prefix, 0, 1, dataload="only", micro_bsz=1)
+    assert sorted(tuple(batch["targets"].shape) for batch in batches) == [(1, 1), (1, 3), (1, 4), (1, 6)]
+    assert all(batch["loss_mask"].all() for batch in batches)
+
+
+@pytest.mark.parametrize("micro_bsz", [2, 4])
+def test_only_takes_one_document_at_a_time(micro_bsz):
+    with pytest.raises(ConfigError, match=f"--micro_bsz: .*found {micro_bsz} with --dataload only.*expected 1"):
+        DataConfig(dataload="only", micro_bsz=micro_bsz)
+
+
+@pytest.mark.parametrize("settings", [{"dataload": "walk"}, {"dataload": "get", "magic_prime": 5}])
+def test_the_walk_goes_on_over_epochs(prefix, settings):
+    """69 tokens in windows of 10: three epochs of 5 windows go over each of the 5 three times, as if they were one."""
+    settings |= {"ctx_len": 10, "micro_bsz": 1, "epoch_steps": 3}
+    three = [batches_of_rank(prefix, 0, 1, **settings, epoch_begin=epoch) for epoch in (0, 1, 2, 3, 4)]
+    order = [tuple(batch["input_ids"][0].tolist()) for batches in three for batch in batches]
+    assert [len(set(order[i : i + 5])) for i in (0, 5, 10)] == [5, 5, 5]
+    module = make_module(prefix, **settings)
+    module.setup()
+    assert module.plan(1).samples_per_pass == 5
+
+
+def test_several_pairs_in_one_run(write_pair):
+    a, b = (write_pair([[first + i, 7, 0] for i in range(6)], name=f"from_{first}") for first in (1, 51))
+    ranks = [batches_of_rank((f"{a}:2", f"{b}:1"), q, 2, micro_bsz=3) for q in range(2)]
+    tokens = [int(t) for step in zip(*ranks, strict=True) for batch in step for t in batch["input_ids"][:, 0]]
+    assert len(tokens) == 18
+    assert set(tokens) == {*range(1, 7), *range(51, 57)}
+    assert sum(token > 50 for token in tokens) == 6
+
+
+@pytest.mark.parametrize("dataload", ["get", "pack"])
+def test_worker_processes_give_what_this_process_gives(prefix, write_pair, dataload):
+    other = write_pair([[90, 91, 0]] * 9, name="other")
+    module = make_module((f"{prefix}:2", f"{other}:1"), dataload=dataload)
+    module.setup()
+    keys = [(epoch, index) for epoch in (0, 1) for index in range(30)]
+    here = [module._samples.sample(42, *key) for key in keys]
+    there = list(DataLoader(SampleDataset(module._samples, 42), batch_size=None, sampler=keys, num_workers=2))
+    for a, b in zip(here, there, strict=True):
+        assert all(torch.equal(torch.from_numpy(a[name]), b[name]) for name in a)
 
 
 class Recorder(pl.LightningModule):

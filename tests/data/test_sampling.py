@@ -29,24 +29,28 @@ def rows_equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("dataload", ["get", "pad"])
+@pytest.mark.parametrize("dataload", ["get", "walk", "pad", "only", "pack"])
 def test_sample_is_a_pure_function(write_pair, dataload):
     prefix = write_pair([list(range(i, i + 12)) for i in range(1, 60)])
     keys = [(seed, epoch, index) for seed in (0, 7) for epoch in (0, 1) for index in (0, 3, 58, 59, 200)]
-    first = make_samples(prefix, dataload=dataload, ctx_len=8)
+    settings = {"dataload": dataload, "ctx_len": 8, "micro_bsz": 1, "long": "split"}
+    first = make_samples(prefix, **settings)
     forward = {key: first.sample(*key) for key in keys}
-    sampling._permutation.cache_clear()
-    second = make_samples(prefix, dataload=dataload, ctx_len=8)
+    second = make_samples(prefix, **settings)
     assert all(rows_equal(forward[key], second.sample(*key)) for key in reversed(keys))
-    assert len({row["input_ids"].tobytes() for row in forward.values()}) > len(keys) / 2  # and not a constant one
+    different = len({row["input_ids"].tobytes() for row in forward.values()})
+    assert different == 5 if dataload == "walk" else different > len(keys) / 2  # the walk knows the index alone
 
 
 def test_the_order_is_pinned(write_pair):
     """A run begun with an older version must go on with the same data."""
     get = make_samples(write_pair(STREAM, name="get"), dataload="get", ctx_len=9)
-    pad = make_samples(write_pair(numbered_documents(10), name="pad"), dataload="pad", ctx_len=9)
+    numbered = write_pair(numbered_documents(10), name="pad")
+    pad = make_samples(numbered, dataload="pad", ctx_len=9)
+    pack = make_samples(numbered, dataload="pack", ctx_len=3)
     assert [int(get.sample(42, 1, i)["input_ids"][0]) for i in range(8)] == [41, 73, 14, 69, 4, 26, 51, 27]
     assert [int(pad.sample(42, 1, i)["input_ids"][0]) for i in range(10)] == [5, 10, 6, 4, 1, 3, 8, 2, 7, 9]
+    assert [int(pack.sample(42, 1, i)["input_ids"][0]) for i in range(5)] == [9, 7, 1, 5, 3]
 
 
 def test_get_takes_every_window_of_the_stream_alike(write_pair):
@@ -129,10 +133,10 @@ def test_id_beyond_the_vocabulary_is_found_on_opening(write_pair):
         make_samples(prefix, vocab_size=300)
 
 
-@pytest.mark.parametrize("dataload", ["get", "pad"])
+@pytest.mark.parametrize("dataload", ["get", "walk", "pad", "only", "pack"])
 def test_id_beyond_the_vocabulary_is_found_in_a_sample_of_long_data(write_pair, monkeypatch, dataload):
     monkeypatch.setattr(sampling, "CHECK_ALL_UP_TO", 0)
-    samples = make_samples(write_pair(BEYOND), vocab_size=300, dataload=dataload, ctx_len=6)
+    samples = make_samples(write_pair(BEYOND), vocab_size=300, dataload=dataload, ctx_len=6, micro_bsz=1)
     with pytest.raises(DataError, match=r"300 at token 2 of document 1"):
         [samples.sample(0, 0, i) for i in range(20)]
 
@@ -149,11 +153,14 @@ def test_negative_id_is_beyond_the_vocabulary(tmp_path):
         make_samples(prefix, vocab_size=300)
 
 
+def plan_of(prefix: str, world_size: int = 1, **settings) -> DataPlan:
+    return make_plan(make_samples(prefix, **settings), DataConfig(**settings), world_size)
+
+
 def test_plan_of_pad(write_pair):
     """5 documents of 2, 3, 5, 6, 50 tokens in rows of 4 targets: 1 + 2 + 4 + 4 + 4 of 20 places are real."""
-    config = DataConfig(dataload="pad", ctx_len=4, micro_bsz=2, epoch_count=3)
-    reader = BinidxReader(write_pair([[1] * n for n in (2, 3, 5, 6, 50)]))
-    assert make_plan(reader, config, world_size=2) == DataPlan(
+    prefix = write_pair([[1] * n for n in (2, 3, 5, 6, 50)])
+    assert plan_of(prefix, world_size=2, dataload="pad", ctx_len=4, micro_bsz=2, epoch_count=3) == DataPlan(
         documents=5,
         tokens=66,
         samples_per_pass=5,
@@ -161,17 +168,22 @@ def test_plan_of_pad(write_pair):
         passes=3 * 8 / 5,
         truncated=2,
         padding=pytest.approx(0.25),
+        targets=15,
+        masks=("pad",),
+        silent=0,
+        wraps=False,
     )
 
 
 @pytest.mark.parametrize(("tokens", "steps", "padding"), [(101, 5, 0), (102, 6, 0), (5, 1, 0.6)])
 def test_plan_of_get_is_one_pass(write_pair, tokens, steps, padding):
-    config = DataConfig(dataload="get", ctx_len=10, micro_bsz=2)
-    plan = make_plan(BinidxReader(write_pair([[1] * tokens])), config, world_size=1)
+    plan = plan_of(write_pair([[1] * tokens]), dataload="get", ctx_len=10, micro_bsz=2)
     assert (plan.steps_per_epoch, plan.truncated, plan.padding) == (steps, 0, pytest.approx(padding))
 
 
-def test_epoch_steps_decide_over_the_pass(write_pair):
-    config = DataConfig(dataload="pad", ctx_len=10, micro_bsz=2, epoch_steps=7)
-    plan = make_plan(BinidxReader(write_pair(numbered_documents(4))), config, world_size=1)
-    assert (plan.steps_per_epoch, plan.passes) == (7, 3.5)
+@pytest.mark.parametrize(
+    ("epoch_steps", "passes", "wraps"), [(7, 3.5, True), (3, 1.5, True), (2, 1, False), (1, 0.5, False)]
+)
+def test_epoch_steps_decide_over_the_pass(write_pair, epoch_steps, passes, wraps):
+    plan = plan_of(write_pair(numbered_documents(4)), dataload="pad", ctx_len=10, micro_bsz=2, epoch_steps=epoch_steps)
+    assert (plan.steps_per_epoch, plan.passes, plan.wraps) == (epoch_steps, passes, wraps)

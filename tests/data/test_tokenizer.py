@@ -24,6 +24,12 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _vocabulary_is_read():
+    """Once and here: hypothesis would take it for one slow example."""
+    WORLD.decode([])
+
+
 def train_json_tokenizer(path: Path, special: list[str], *, truncate: bool = False) -> str:
     """A byte-level BPE of a few merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -62,6 +68,37 @@ def test_any_unicode_round_trips(tokenizer, text):
 
 
 @BOTH
+@given(data=st.lists(st.binary(max_size=6) | st.text().map(str.encode)).map(b"".join))
+def test_any_bytes_round_trip(tokenizer, data):
+    ids = tokenizer.encode_bytes(data)
+    assert all(0 < i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.decode_bytes([*ids, tokenizer.eod]) == data
+    assert tokenizer.decode(ids) == data.decode("utf-8", errors="replace")
+
+
+@BOTH
+@given(text=st.text())
+def test_bytes_of_a_text_have_the_ids_of_the_text(tokenizer, text):
+    assert tokenizer.encode_bytes(text.encode()) == tokenizer.encode(text)
+
+
+@BOTH
+@given(text=st.text(), data=st.data())
+def test_a_text_cut_anywhere_shows_all_its_whole_characters(tokenizer, text, data):
+    """Windows of `--dataload get` begin and end inside characters."""
+    content = text.encode()
+    start = data.draw(st.integers(0, len(content)))
+    cut = content[start : data.draw(st.integers(start, len(content)))]
+    shown = tokenizer.decode(tokenizer.encode_bytes(cut))
+    assert shown.replace("\ufffd", "") == cut.decode(errors="ignore").replace("\ufffd", "")
+
+
+def test_broken_bytes_cost_one_id_each_and_spoil_nothing_around_them():
+    hello, world = WORLD.encode("hello"), WORLD.encode(" 你好")
+    assert WORLD.encode_bytes(b"\xffhello\xe4\xbd" + " 你好".encode() + b"\x80") == [256, *hello, 229, 190, *world, 129]
+
+
+@BOTH
 @given(ids=st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 70000)))
 def test_decode_takes_any_ids(tokenizer, ids):
     assert isinstance(tokenizer.decode(ids), str)
@@ -89,6 +126,24 @@ def test_json_tokenizer_round_trips(tmp_path, text):
     assert max(ids) < tokenizer.vocab_size == 300
     assert (tokenizer.spec, tokenizer.eod) == (spec, 1)
     assert tokenizer.decode([*ids, 300, -1, 2**40, *ids]) == text + "\ufffd\ufffd\ufffd" + text
+
+
+@pytest.fixture(scope="module")
+def json_tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    return load_tokenizer(train_json_tokenizer(path, ["<pad>", "<|endoftext|>"]))
+
+
+@given(text=st.text())
+def test_json_tokenizer_round_trips_any_unicode(json_tokenizer, text):
+    ids = json_tokenizer.encode(text)
+    assert all(0 <= i < json_tokenizer.vocab_size for i in ids)
+    assert json_tokenizer.decode([*ids, json_tokenizer.eod]) == text
+
+
+@given(ids=st.lists(st.integers(-(2**40), 2**40) | st.integers(0, 299)))
+def test_json_tokenizer_decodes_any_ids(json_tokenizer, ids):
+    assert isinstance(json_tokenizer.decode(ids), str)
 
 
 def test_json_tokenizer_never_truncates_and_is_the_same_without_truncation(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from rwkv_peft.ops.build import source_dir
+from rwkv_peft.ops.wkv6 import cleared
 from tests.ops.wkv6_cases import (
     NAMES,
     assert_close,
@@ -205,6 +206,19 @@ def test_a_reset_separates_two_texts(kernels, w_value):
     assert not torch.equal(y[0, 37], y[1, 37])
     assert torch.equal(y[0, 38:], y[1, 38:])
     assert torch.equal(last_state[0], last_state[1])
+
+
+@pytest.mark.parametrize("chunk", [16, CHUNK])
+def test_many_texts_in_a_row(kernels, chunk):
+    """Resets in the midst of chunks, at both their ends, and at one token after the other."""
+    r, k, v, w, u, state = make_inputs(B=2, T=140, H=1, N=32)
+    starts = torch.zeros(2, 140, dtype=torch.bool)
+    starts[0, [0, 1, 5, 16, 17, 33, 63, 64, 65, 100, 128, 129, 139]] = True
+    starts[1, 20:40] = True
+    k, w, state = cleared(k, w, state, starts)
+    inputs = (r, k, v, w, u, state)
+    grads = make_output_grads(inputs)
+    assert_close(outputs_and_grads(kernels, inputs, grads, chunk=chunk), reference_results(inputs, grads), 1e-6)
 
 
 def test_split_text_equals_one_pass(kernels):

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxReader
-from rwkv_peft.data.sampling import DataPlan, Samples, make_plan
+from rwkv_peft.data.binidx import BinidxMeta, BinidxReader
+from rwkv_peft.data.mixture import open_source
+from rwkv_peft.data.sampling import DataPlan, Source, make_plan
 from rwkv_peft.data.tokenizer import same_tokenizer
 from rwkv_peft.errors import DataError
 
@@ -23,7 +24,9 @@ SampleKey = tuple[int, int]
 
 
 class BinidxDataModule(pl.LightningDataModule):
-    """Training batches from a binidx pair: input_ids (B, T) int64, targets (B, T) int64, loss_mask (B, T) bool.
+    """Training batches from binidx pairs: input_ids (B, T) int64, targets (B, T) int64, loss_mask (B, T) bool.
+
+    With `pack` also starts (B, T) bool, where documents begin; with `only`, B is 1 and T as long as the document asks.
 
     At step s of an epoch, rank q of w gets the samples (s*w + q)*B .. +B-1: all ranks together get what one process
     with a batch of w*B gets. The trainer must run with `use_distributed_sampler=False`.
@@ -43,24 +46,30 @@ class BinidxDataModule(pl.LightningDataModule):
         self.config = config
         self._vocab_size = vocab_size
         self._expected_identity = tokenizer_identity
-        self._samples: Samples | None = None
+        self._samples: Source | None = None
 
     @property
     def reader(self) -> BinidxReader:
-        """The pair; there after `setup`."""
-        return self._ready().reader
+        """The pair, the first of several; there after `setup`."""
+        return self._ready().parts[0].samples.reader
+
+    @property
+    def meta(self) -> BinidxMeta | None:
+        """What the first pair that has a sidecar says; all agree on the tokenizer. There after `setup`."""
+        return next((part.samples.reader.meta for part in self._ready().parts if part.samples.reader.meta), None)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open and check the pair, once."""
+        """Open and check the pairs, once."""
         if self._samples is not None:
             return
-        reader = BinidxReader(self.config.data_file)
-        _check_identity(reader, self._expected_identity)
-        self._samples = Samples(reader, self.config, self._vocab_size)
+        source = open_source(self.config, self._vocab_size)
+        for part in source.parts:
+            _check_identity(part.samples.reader, self._expected_identity)
+        self._samples = source
 
     def plan(self, world_size: int) -> DataPlan:
         """Steps and passes of the run on `world_size` devices, after `setup`."""
-        return make_plan(self.reader, self.config, world_size)
+        return make_plan(self._ready(), self.config, world_size)
 
     def train_dataloader(self) -> DataLoader:
         """This rank's share of every epoch."""
@@ -71,6 +80,7 @@ class BinidxDataModule(pl.LightningDataModule):
             world_size=trainer.world_size,
             rank=trainer.global_rank,
             epoch_begin=config.epoch_begin,
+            goes_on=config.walks,
         )
         # No workers: a sample of mapped memory takes about 40 us, less than passing it between processes.
         dataset = SampleDataset(self._ready(), config.random_seed)
@@ -82,7 +92,7 @@ class BinidxDataModule(pl.LightningDataModule):
         for index in range(count):
             yield default_collate([dataset[self.config.epoch_begin, index]])
 
-    def _ready(self) -> Samples:
+    def _ready(self) -> Source:
         if self._samples is None:
             raise RuntimeError("call setup() first")
         return self._samples
@@ -107,7 +117,7 @@ def _named(identity: Mapping[str, str]) -> str:
 class SampleDataset(Dataset[dict[str, np.ndarray]]):
     """`Samples` under one seed, as torch wants it."""
 
-    def __init__(self, samples: Samples, seed: int) -> None:
+    def __init__(self, samples: Source, seed: int) -> None:
         self._samples = samples
         self._seed = seed
 
@@ -121,14 +131,21 @@ class EpochSampler(Sampler[SampleKey]):
 
     Lightning calls `set_epoch` on a loader's `sampler` before each epoch, and never on its `batch_sampler`, so this is
     the former. Keys are made lazily, since Lightning also makes the iterator of a resumed epoch before that call.
+
+    Args:
+        steps: batches of an epoch.
+        goes_on: an epoch goes on where the one before stopped, as if all were epoch 0 (RWKV-LM's walk).
     """
 
-    def __init__(self, *, steps: int, micro_bsz: int, world_size: int, rank: int, epoch_begin: int) -> None:
+    def __init__(
+        self, *, steps: int, micro_bsz: int, world_size: int, rank: int, epoch_begin: int, goes_on: bool = False
+    ) -> None:
         self._steps = steps
         self._micro_bsz = micro_bsz
         self._world_size = world_size
         self._rank = rank
         self._epoch_begin = epoch_begin
+        self._goes_on = goes_on
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -139,7 +156,10 @@ class EpochSampler(Sampler[SampleKey]):
         return self._steps * self._micro_bsz
 
     def __iter__(self) -> Iterator[SampleKey]:
-        for step in range(self._steps):
+        epoch, earlier_steps = self._epoch_begin + self._epoch, 0
+        if self._goes_on:
+            epoch, earlier_steps = 0, epoch * self._steps
+        for step in range(earlier_steps, earlier_steps + self._steps):
             first = (step * self._world_size + self._rank) * self._micro_bsz
             for i in range(self._micro_bsz):
-                yield self._epoch_begin + self._epoch, first + i
+                yield epoch, first + i

@@ -4,6 +4,7 @@
     bytes            id = byte + 1, 257 ids
     a path           any Hugging Face tokenizer.json, through the package tokenizers
 
+The first two have an id for every byte, so they also take bytes that are not text: `encode_bytes`, `decode_bytes`.
 The two packages are imported when a tokenizer is made, so that `--help` and training never wait for them.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
@@ -22,6 +24,9 @@ from rwkv_peft.errors import ConfigError, DataError
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 """Shown for an id that stands for nothing, and for bytes that are not UTF-8."""
+
+_BROKEN_BYTES = re.compile("([\udc80-\udcff]+)")
+"""What `surrogateescape` makes of bytes that are not UTF-8: one code point for each."""
 
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]")
 """How vocabularies call the token that ends a document; the first one found is taken."""
@@ -84,9 +89,23 @@ class WorldTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._trie.encode(text)
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any bytes, without eod: UTF-8 as `encode` gives it, each byte that is none of it as its own id."""
+        # The package takes text alone. The pieces alternate: text, broken bytes, text, ...
+        pieces = _BROKEN_BYTES.split(data.decode("utf-8", errors="surrogateescape"))
+        ids = self.encode(pieces[0])
+        for broken, text in zip(pieces[1::2], pieces[2::2], strict=True):
+            ids += [ord(code) - 0xDC00 + 1 for code in broken]
+            ids += self.encode(text)
+        return ids
+
     def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of `ids`. Never raises: an unknown id becomes U+FFFD in UTF-8."""
         # The package's own decode panics, past `except Exception`, on unknown ids and on cut UTF-8.
-        return _decode_bytes(self._table, ids)
+        return _join_bytes(self._table, ids)
 
     @cached_property
     def _table(self) -> list[bytes]:
@@ -108,10 +127,18 @@ class BytesTokenizer:
     _table = (b"", *(bytes([byte]) for byte in range(256)))
 
     def encode(self, text: str) -> list[int]:
-        return [byte + 1 for byte in text.encode("utf-8")]
+        return self.encode_bytes(text.encode("utf-8"))
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any bytes, without eod."""
+        return [byte + 1 for byte in data]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return _decode_bytes(self._table, ids)
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Bytes of `ids`. Never raises: an unknown id becomes U+FFFD in UTF-8."""
+        return _join_bytes(self._table, ids)
 
 
 class JsonTokenizer:
@@ -137,10 +164,9 @@ class JsonTokenizer:
         return self._tokenizer.decode(ids, skip_special_tokens=False) if known else UNKNOWN * len(ids)
 
 
-def _decode_bytes(table: Sequence[bytes], ids: Iterable[int]) -> str:
+def _join_bytes(table: Sequence[bytes], ids: Iterable[int]) -> bytes:
     unknown = UNKNOWN.encode("utf-8")
-    joined = b"".join(table[i] if 0 <= i < len(table) else unknown for i in ids)
-    return joined.decode("utf-8", errors="replace")
+    return b"".join(table[i] if 0 <= i < len(table) else unknown for i in ids)
 
 
 def _read_tokenizer_json(path: Path) -> tuple[Any, bytes]:

@@ -23,7 +23,7 @@ def held_out_loss(model: RWKV6, data_file: str, *, ctx_len: int = 1024, batch: i
         DataError: the pair is missing, damaged, or has ids beyond the model's vocabulary.
     """
     reader = BinidxReader(data_file)
-    config = DataConfig(data_file=data_file, ctx_len=ctx_len, micro_bsz=batch, dataload="pad")
+    config = DataConfig(data_file=data_file, ctx_len=ctx_len, micro_bsz=batch, dataload="pad", loss_mask="pad")
     samples = Samples(reader, config, model.config.vocab_size)
     device, total, count = model.emb.weight.device, 0.0, 0
     for first in range(0, len(reader), batch):

@@ -68,14 +68,14 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(config.n_head, a, eps=LN_X_EPS)
 
     def forward(
-        self, x: Tensor, shift: Tensor, wkv_state: Tensor, in_place: bool = False
+        self, x: Tensor, shift: Tensor, wkv_state: Tensor, starts: Tensor | None = None, in_place: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C), shift (B, C), wkv_state (B, H, N, N) -> (y (B, T, C), shift, wkv_state).
+        """x (B, T, C), shift (B, C), wkv_state (B, H, N, N), starts (B, T) -> (y (B, T, C), shift, wkv_state).
 
         `in_place` (T = 1, no gradients) writes the new wkv_state over the old one.
         """
         heads = (self.n_head, self.head_size)
-        xw, xk, xv, xr, xg = self._mix(x, shift)
+        xw, xk, xv, xr, xg = self._mix(x, shift, starts)
         r = self.receptance(xr).unflatten(-1, heads)  # (B, T, H, N)
         k = self.key(xk).unflatten(-1, heads)
         v = self.value(xv).unflatten(-1, heads)
@@ -83,16 +83,16 @@ class TimeMix(nn.Module):
         if in_place:
             y = wkv6_step(r, k, v, w, self.time_faaaa, wkv_state, backend=self.wkv_backend)
         else:
-            y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, backend=self.wkv_backend)
+            y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, starts=starts, backend=self.wkv_backend)
         norm = self.ln_x
         y = gated_norm(y.flatten(-2), self.gate(xg), norm.weight, norm.bias, norm.num_groups, norm.eps)  # (B, T, A)
         return self.output(y), x[:, -1], wkv_state
 
-    def _mix(self, x: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+    def _mix(self, x: Tensor, shift: Tensor, starts: Tensor | None) -> tuple[Tensor, ...]:
         """The inputs of decay, key, value, receptance and gate, each (B, T, C)."""
         maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         amounts = torch.cat(maa).flatten(1)  # (5, C)
-        return ddlerp(x, shift, self.time_maa_x.flatten(), self.time_maa_w1, amounts, self.time_maa_w2)
+        return ddlerp(x, shift, self.time_maa_x.flatten(), self.time_maa_w1, amounts, self.time_maa_w2, starts)
 
     def _decay(self, xw: Tensor) -> Tensor:
         """w of exp(-exp(w)), (B, T, A), in fp32 or wider."""
@@ -110,9 +110,9 @@ class ChannelMix(nn.Module):
         self.receptance = Linear(config.n_embd, config.n_embd)
         self.value = Linear(config.dim_ffn, config.n_embd)
 
-    def forward(self, x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, T, C), shift (B, C) -> (y (B, T, C), shift)."""
-        xk, xr = shift_lerp(x, shift, torch.cat((self.time_maa_k, self.time_maa_r)).flatten(1))
+    def forward(self, x: Tensor, shift: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, C), shift (B, C), starts (B, T) -> (y (B, T, C), shift)."""
+        xk, xr = shift_lerp(x, shift, torch.cat((self.time_maa_k, self.time_maa_r)).flatten(1), starts)
         k = self.key(xk)  # (B, T, F)
         r = self.receptance(xr)  # (B, T, C)
         return torch.sigmoid(r) * self.value(relu_square(k)), x[:, -1]
@@ -130,13 +130,15 @@ class Block(nn.Module):
         self.att = TimeMix(config, wkv_backend)
         self.ffn = ChannelMix(config)
 
-    def forward(self, x: Tensor, state: LayerState, in_place: bool = False) -> tuple[Tensor, LayerState]:
-        """x (B, T, C) -> (x, state after the last token). `in_place` as in TimeMix."""
+    def forward(
+        self, x: Tensor, state: LayerState, starts: Tensor | None = None, in_place: bool = False
+    ) -> tuple[Tensor, LayerState]:
+        """x (B, T, C), starts (B, T) -> (x, state after the last token). `in_place` as in TimeMix."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        y, att_shift, wkv = self.att(self.ln1(x), state.att_shift, state.wkv, in_place)
+        y, att_shift, wkv = self.att(self.ln1(x), state.att_shift, state.wkv, starts, in_place)
         x = x + y
-        y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift)
+        y, ffn_shift = self.ffn(self.ln2(x), state.ffn_shift, starts)
         return x + y, LayerState(att_shift, wkv, ffn_shift)
 
 
@@ -185,8 +187,22 @@ class RWKV6(nn.Module):
             after.append(layer_state)
         return self.head(self.ln_out(x)), after
 
-    def hidden(self, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
-        """The head's input, (B, T, C), and the state. Without a state, the text begins with the prompt."""
+    def hidden(
+        self, ids: Tensor, state: ModelState | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """The head's input, (B, T, C), and the state. Without a state, the text begins with the prompt.
+
+        Args:
+            ids: (B, T) int64.
+            state: before the first token; None is that of an empty text.
+            starts: (B, T) bool, for rows of several texts: set where one begins, which then sees nothing of what is
+                before it, `state` included. The output before a start is not that of the text alone (`wkv6` has the
+                reason): leave it out of the loss, as its target is the first token of another text.
+        Raises:
+            ValueError: starts does not fit ids, or the model has a prompt, which stands before one text only.
+        """
+        if starts is not None:
+            self._check_starts(ids, starts)
         x, prompt_length = self.emb(ids).to(self.dtype), 0
         if state is None:
             state = zero_state(self.config, ids.shape[0], x.device, x.dtype)
@@ -197,11 +213,17 @@ class RWKV6(nn.Module):
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
                 # Reentrant checkpointing trains silently wrong below a frozen embedding.
-                x, layer_state = checkpoint(block, x, before, use_reentrant=False)
+                x, layer_state = checkpoint(block, x, before, starts, use_reentrant=False)
             else:
-                x, layer_state = block(x, before)
+                x, layer_state = block(x, before, starts)
             after.append(layer_state)
         return self.ln_out(x[:, prompt_length:]), after
+
+    def _check_starts(self, ids: Tensor, starts: Tensor) -> None:
+        if starts.shape != ids.shape or starts.dtype != torch.bool:
+            raise ValueError(f"starts must be bool {tuple(ids.shape)}; found {starts.dtype} {tuple(starts.shape)}")
+        if self.prompt is not None:
+            raise ValueError("a row of several texts cannot have the prompt before each: give each a row of its own")
 
     def loss(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         """Mean loss over the trained tokens, L2Wrap included: hidden (B, T, C), targets and mask (B, T) -> scalar."""

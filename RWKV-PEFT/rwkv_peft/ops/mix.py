@@ -22,7 +22,9 @@ from rwkv_peft.ops.products import in_own_dtype
 logger = logging.getLogger(__name__)
 
 
-def ddlerp(x: Tensor, last: Tensor, maa_x: Tensor, w1: Tensor, maa: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
+def ddlerp(
+    x: Tensor, last: Tensor, maa_x: Tensor, w1: Tensor, maa: Tensor, w2: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """Data-dependent linear interpolation (Eagle and Finch, arXiv:2404.05892): x moved towards its predecessor, by how
     much depends on the data. With d = previous - x:
 
@@ -38,27 +40,29 @@ def ddlerp(x: Tensor, last: Tensor, maa_x: Tensor, w1: Tensor, maa: Tensor, w2: 
         w1: (C, 5 R).
         maa: (5, C), what amounts are without data.
         w2: (5, R, C).
+        starts: (B, T) bool, or None for nowhere: tokens that begin a text, whose predecessor is the zero vector.
     Returns:
         Five times (B, T, C).
     """
     if _native(x):
-        return torch.ops.rwkv_peft.ddlerp(x, last, maa_x, w1, maa, w2)[:5]
-    return mix_reference.ddlerp(x, last, maa_x, w1, maa, w2)
+        return torch.ops.rwkv_peft.ddlerp(x, last, maa_x, w1, maa, w2, starts)[:5]
+    return mix_reference.ddlerp(x, last, maa_x, w1, maa, w2, starts)
 
 
-def shift_lerp(x: Tensor, last: Tensor, maa: Tensor) -> tuple[Tensor, Tensor]:
+def shift_lerp(x: Tensor, last: Tensor, maa: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x moved towards its predecessor by two fixed amounts a channel.
 
     Args:
         x: (B, T, C).
         last: (B, C), the token before the first; x's dtype.
         maa: (2, C).
+        starts: as for `ddlerp`.
     Returns:
         Twice (B, T, C).
     """
     if _native(x):
-        return torch.ops.rwkv_peft.shift_lerp(x, last, maa)
-    return mix_reference.shift_lerp(x, last, maa)
+        return torch.ops.rwkv_peft.shift_lerp(x, last, maa, starts)
+    return mix_reference.shift_lerp(x, last, maa, starts)
 
 
 def decay(x: Tensor, base: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

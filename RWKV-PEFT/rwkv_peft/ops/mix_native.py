@@ -42,59 +42,60 @@ def _trained(grads, like, train):
 # ------------------------------------------------------------------------------------------------------------- ddlerp
 
 
-def _fake_ddlerp(x, last, maa_x, w1, maa, w2):
+def _fake_ddlerp(x, last, maa_x, w1, maa, w2, starts=None):
     low_rank = x.new_empty((x.shape[0] * x.shape[1], w1.shape[1]), dtype=torch.float32)
     return (*(x.new_empty(x.shape) for _ in range(5)), low_rank)
 
 
-def _fake_ddlerp_backward(x, last, maa_x, w1, maa, w2, low_rank, gw, gk, gv, gr, gg, train):
+def _fake_ddlerp_backward(x, last, maa_x, w1, maa, w2, low_rank, gw, gk, gv, gr, gg, train, starts=None):
     parameters = [maa_x.new_empty(p.shape if train else 0, dtype=torch.float32) for p in (maa_x, w1, maa, w2)]
     return (x.new_empty(x.shape), last.new_empty(last.shape), *parameters)
 
 
 def _setup_ddlerp(ctx, inputs, output):
+    *tensors, starts = inputs
     low_rank = output[5]
     ctx.mark_non_differentiable(low_rank)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, low_rank)
+    ctx.save_for_backward(*tensors, low_rank, starts)
 
 
 def _backward_ddlerp(ctx, *grads):
-    saved = ctx.saved_tensors  # once only: under checkpointing each access would recompute
+    *saved, starts = ctx.saved_tensors  # once only: under checkpointing each access would recompute
     x, parameters = saved[0], saved[2:6]
     grads = [torch.zeros_like(x) if grad is None else grad for grad in grads[:5]]
     train = any(ctx.needs_input_grad[2:])
-    grad_x, grad_last, *trained = torch.ops.rwkv_peft.ddlerp_backward(*saved, *grads, train)
-    return (grad_x, grad_last, *_trained(trained, parameters, train))
+    grad_x, grad_last, *trained = torch.ops.rwkv_peft.ddlerp_backward(*saved, *grads, train, starts)
+    return (grad_x, grad_last, *_trained(trained, parameters, train), None)
 
 
 # --------------------------------------------------------------------------------------------------------- shift_lerp
 
 
-def _fake_shift_lerp(x, last, maa):
+def _fake_shift_lerp(x, last, maa, starts=None):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _fake_shift_lerp_backward(x, last, maa, grad_k, grad_r):
+def _fake_shift_lerp_backward(x, last, maa, grad_k, grad_r, starts=None):
     B, _, C = grad_k.shape
     grad_maa = maa.new_empty(maa.shape if x is not None else 0, dtype=torch.float32)
     return grad_k.new_empty(grad_k.shape), grad_k.new_empty((B, C)), grad_maa
 
 
 def _setup_shift_lerp(ctx, inputs, output):
-    x, last, maa = inputs
+    x, last, maa, starts = inputs
     ctx.set_materialize_grads(False)
     ctx.train = ctx.needs_input_grad[2]
-    ctx.save_for_backward(maa, *((x, last) if ctx.train else ()))
+    ctx.save_for_backward(maa, starts, *((x, last) if ctx.train else ()))
 
 
 def _backward_shift_lerp(ctx, grad_k, grad_r):
-    maa, *inputs = ctx.saved_tensors
+    maa, starts, *inputs = ctx.saved_tensors
     grad_k = torch.zeros_like(grad_r) if grad_k is None else grad_k
     grad_r = torch.zeros_like(grad_k) if grad_r is None else grad_r
     x, last = inputs if ctx.train else (None, None)
-    grad_x, grad_last, grad_maa = torch.ops.rwkv_peft.shift_lerp_backward(x, last, maa, grad_k, grad_r)
-    return (grad_x, grad_last, *_trained([grad_maa], [maa], ctx.train))
+    grad_x, grad_last, grad_maa = torch.ops.rwkv_peft.shift_lerp_backward(x, last, maa, grad_k, grad_r, starts)
+    return (grad_x, grad_last, *_trained([grad_maa], [maa], ctx.train), None)
 
 
 # --------------------------------------------------------------------------------------------------------- gated_norm

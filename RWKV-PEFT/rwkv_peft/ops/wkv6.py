@@ -10,6 +10,7 @@ import logging
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rwkv_peft.errors import UserError
@@ -23,6 +24,11 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "native", "fla", "torch", "reference")
 """native: the compiled C++ or CUDA op. fla: flash-linear-attention's, only when asked for. torch: chunks of matrix
 products. reference: one token at a time."""
+
+_FORGET = {torch.float32: 5.0, torch.float64: 7.0}
+"""The w of a decay exp(-exp(w)) that is exactly 0, and its gradient with it. No larger one than that takes, and not an
+infinite one: a backend that adds up the logarithms -exp(w) loses digits as w grows (fla's differences of such sums: a
+relative 1e-5 at 5, 1e-2 at 12)."""
 
 
 class Choice(NamedTuple):
@@ -40,6 +46,7 @@ def wkv6(
     u: Tensor,
     state: Tensor | None = None,
     *,
+    starts: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The RWKV-6 recurrence ("Finch" of Eagle and Finch, arXiv:2404.05892); `ops/reference.py` spells it out.
@@ -51,6 +58,9 @@ def wkv6(
         w: (B, T, H, N), decay = exp(-exp(w)); r's dtype or fp32. Any finite value is safe.
         u: (H, N), the bonus of the current token; r's dtype or fp32.
         state: (B, H, N, N) in fp32, indexed [key][value]; None means zeros.
+        starts: (B, T) bool, tokens before which the state is cleared, for rows of several texts; None means nowhere.
+            The token before a start, the last of its text, loses the bonus u k v from its y. Only what comes next
+            would be predicted from it, and that is another text: a loss has to leave this token's target out.
         backend: one of `BACKENDS`. `auto` takes `native` where it can be built, else `torch`, and logs which;
             float64, where everything must be float64, goes to the reference.
     Returns:
@@ -64,8 +74,11 @@ def wkv6(
         B, _, H, N = r.shape
         state = torch.zeros(B, H, N, N, dtype=wide, device=r.device)
     _check_arguments(r, k, v, w, u, state, wide)
+    w = w.to(wide)
+    if starts is not None:
+        k, w, state = cleared(k, w, state, starts)
     run = {"native": _native, "fla": wkv6_fla, "torch": _torch, "reference": _reference}[_backend_for(r, backend)]
-    y, state_out = run(r, k, v, w.to(wide), u.to(wide), state)
+    y, state_out = run(r, k, v, w, u.to(wide), state)
     return y.to(r.dtype), state_out
 
 
@@ -168,6 +181,16 @@ def _torch(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor)
 
 def _reference(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     return wkv6_reference(r.to(w.dtype), k.to(w.dtype), v.to(w.dtype), w, u, state)
+
+
+def cleared(k: Tensor, w: Tensor, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k, w and state for which the state is zero before each start: S_t = exp(-exp(w_t)) S_{t-1} + k_t^T v_t is zero
+    where both k_t and the decay are. No gradient passes such a place, neither to the tokens before nor to k and w."""
+    if starts.shape != k.shape[:2] or starts.dtype != torch.bool:
+        raise ValueError(f"wkv6: starts must be bool {tuple(k.shape[:2])}; found {starts.dtype} {tuple(starts.shape)}")
+    before = F.pad(starts[:, 1:], (0, 1))[..., None, None]  # (B, T, 1, 1): the tokens before a start
+    state = state.masked_fill(starts[:, 0, None, None, None], 0)
+    return k.masked_fill(before, 0), w.masked_fill(before, _FORGET[w.dtype]), state
 
 
 def _check_arguments(

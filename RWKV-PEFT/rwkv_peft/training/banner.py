@@ -8,7 +8,7 @@ from collections import defaultdict
 import torch
 from torch import nn
 
-from rwkv_peft.config import RunConfig
+from rwkv_peft.config import DataConfig, RunConfig
 from rwkv_peft.data.binidx import BinidxMeta
 from rwkv_peft.data.sampling import DataPlan
 from rwkv_peft.model.rwkv6 import RWKV6
@@ -60,18 +60,45 @@ def banner(config: RunConfig, model: RWKV6, plan: DataPlan | None, meta: BinidxM
 def _data_lines(config: RunConfig, plan: DataPlan, meta: BinidxMeta | None) -> list[str]:
     data, accumulate = config.data, config.optim.accumulate_grad_batches
     tokenizer = meta.tokenizer["name"] if meta else "unknown (no .meta.json beside the pair)"
-    lines = [f"data    {data.data_file}: {plan.documents:,} documents, {plan.tokens:,} tokens, tokenizer {tokenizer}"]
-    if data.dataload == "pad":
-        lines.append(f"        padded: {plan.padding:.0%} of each row is padding, {plan.truncated:,} documents cut")
+    files = " ".join(data.data_file)
+    lines = [f"data    {files}: {plan.documents:,} documents, {plan.tokens:,} tokens, tokenizer {tokenizer}"]
+    lines += [f"        {line}" for line in (_rows_line(data, plan), _mask_line(plan)) if line]
     steps = -(-plan.steps_per_epoch // accumulate) * data.epoch_count
     devices = devices_per_node(config.train) * config.train.num_nodes
+    most = "at most " if data.dataload == "only" else ""
     tokens = data.micro_bsz * data.ctx_len * devices * accumulate
     lines.append(
-        f"steps   {steps:,} of {tokens:,} tokens ({data.epoch_count} x {plan.steps_per_epoch:,} batches, "
+        f"steps   {steps:,} of {most}{tokens:,} tokens ({data.epoch_count} x {plan.steps_per_epoch:,} batches, "
         f"{accumulate} a step, {devices} x {data.micro_bsz} x {data.ctx_len} tokens each): "
         f"{plan.passes:.2f} passes over the data"
     )
+    if plan.wraps:
+        passes = plan.passes / data.epoch_count
+        lines.append(f"note    an epoch of {plan.steps_per_epoch:,} batches goes over the data {passes:.2f} times")
     return lines
+
+
+def _rows_line(data: DataConfig, plan: DataPlan) -> str:
+    """How documents lie in rows."""
+    cut = f", {plan.truncated:,} documents cut" if plan.truncated or data.dataload == "pad" else ""
+    if data.walks:
+        windows, seen = plan.samples_per_pass, plan.targets / max(plan.tokens - 1, 1)
+        return f"walk: a pass is {windows:,} windows of {data.ctx_len} tokens, {seen:.2%} of the data"
+    if data.dataload == "pad":
+        return f"padded: {plan.padding:.0%} of each row is padding{cut}"
+    if data.dataload == "pack":
+        return f"packed: {plan.samples_per_pass:,} rows, {1 - plan.padding:.1%} of each in use{cut}"
+    if data.dataload == "only":
+        return f"one document a row, of at most {data.ctx_len} tokens, unpadded{cut}"
+    return ""
+
+
+def _mask_line(plan: DataPlan) -> str:
+    """What trains, where that is not everything."""
+    if set(plan.masks) <= {"none", "pad"}:
+        return ""
+    names = " ".join(dict.fromkeys(plan.masks))
+    return f"loss mask {names}: {plan.silent:,} of {plan.documents:,} documents hold nothing that trains"
 
 
 def device_line(config: RunConfig, wkv: Choice) -> str:

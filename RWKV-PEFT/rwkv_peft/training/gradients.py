@@ -28,7 +28,7 @@ def mean_gradients(model: RWKV6, layers: Sequence[str], batches: Iterable[dict[s
     hooks = [weight.register_post_accumulate_grad_hook(_collector(sums, name)) for name, weight in weights.items()]
     count = 0
     for batch in batches:
-        hidden, _ = model.hidden(batch["input_ids"])
+        hidden, _ = model.hidden(batch["input_ids"], starts=batch.get("starts"))
         model.loss(hidden, batch["targets"], batch["loss_mask"]).backward()
         count += 1
     for hook in hooks:

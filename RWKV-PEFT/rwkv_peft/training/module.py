@@ -33,7 +33,7 @@ class TrainingModule(pl.LightningModule):
         """Global gradient norm of the last step, before clipping."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        hidden, _ = self.model.hidden(batch["input_ids"])
+        hidden, _ = self.model.hidden(batch["input_ids"], starts=batch.get("starts"))
         return self.model.loss(hidden, batch["targets"], batch["loss_mask"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -83,7 +83,7 @@ def run(config: RunConfig) -> None:
     prepared = prepare(config)
     data = BinidxDataModule(config.data, config.model.vocab_size, prepared.tokenizer)
     data.setup()
-    _say(banner.banner(config, prepared.model, data.plan(_world_size(config)), data.reader.meta))
+    _say(banner.banner(config, prepared.model, data.plan(_world_size(config)), data.meta))
     _say(banner.device_line(config, active_backend(device_type(config.train), config.train.wkv)))
     _fit(config, prepared, data)
 
@@ -133,7 +133,7 @@ def _dry_run(config: RunConfig) -> None:
     if config.data.data_file:
         data = BinidxDataModule(config.data, config.model.vocab_size)
         data.setup()
-        plan, meta = data.plan(_world_size(config)), data.reader.meta
+        plan, meta = data.plan(_world_size(config)), data.meta
     _say(banner.banner(config, model, plan, meta))
 
 
@@ -162,7 +162,7 @@ def _fit(config: RunConfig, prepared: Prepared, data: BinidxDataModule) -> None:
         consumers = [wandb_logger(train.wandb, config)] if train.wandb else []
         _open_folder(folder, config, prepared)
         consumers += [MetricsFile(folder / "metrics.jsonl", go_on=config.data.epoch_begin > 0), Progress(total_steps)]
-    tokenizer = data.reader.meta.tokenizer if data.reader.meta else prepared.tokenizer
+    tokenizer = data.meta.tokenizer if data.meta else prepared.tokenizer
 
     def save(epoch: int | str) -> None:
         tensors = whole_tensors(to_save(prepared), keep=trainer.is_global_zero)

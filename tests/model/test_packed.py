@@ -1,0 +1,199 @@
+"""Rows of several documents: the same loss, gradients and states as each document in a row of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rwkv_peft.assembly import add_adapter
+from rwkv_peft.config import OptimConfig, PeftConfig
+from rwkv_peft.model.init import model_from_state
+from rwkv_peft.model.rwkv6 import RWKV6
+from rwkv_peft.peft.prompt import PromptConfig, add_prompt
+from rwkv_peft.training.gradients import mean_gradients
+from rwkv_peft.training.module import TrainingModule
+from tests.helpers import TINY, lively_model, relative_error
+
+LENGTHS = ([7, 1, 1, 23, 8, 30, 16], [33, 2, 16, 34, 1])
+"""Tokens of each document in two rows, 86 in all: ends in and at the edges of chunks of 8 and 16, documents of one
+token, two in a row and last."""
+BACKENDS = ("native", "torch", "reference")
+MIDDLE = slice(32, 40)
+"""Row 0's document of 8 tokens."""
+
+
+def documents(row: int, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(10 * seed + row)
+    return [torch.randint(TINY.vocab_size, (n,), generator=generator) for n in LENGTHS[row]]
+
+
+def packed(seed: int = 0) -> dict[str, Tensor]:
+    """What a data module would make of them: the target of a document's last token is no part of the loss."""
+    ids = torch.stack([torch.cat(documents(row, seed)) for row in range(2)])
+    starts = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, lengths in enumerate(LENGTHS):
+        starts[row, torch.tensor([0, *lengths[:-1]]).cumsum(0)] = True
+    last = torch.cat((starts[:, 1:], torch.ones(2, 1, dtype=torch.bool)), dim=1)
+    return {"input_ids": ids, "targets": ids.roll(-1, 1), "loss_mask": ~last, "starts": starts}
+
+
+def model_for(method: str = "none", backend: str = "auto", dtype=torch.float32, **options) -> RWKV6:
+    """With an adapter that is not what it began as."""
+    model = model_from_state(TINY, lively_model().state_dict(), "lively", wkv_backend=backend, **options)
+    if method != "none":
+        peft_config = {"bone": {"r": 16}, "lora": {"r": 4}}[method]
+        add_adapter(model, PeftConfig(peft=method, peft_config=peft_config))
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p += 0.05 * torch.randn(p.shape, generator=generator)
+    if dtype == torch.float64:
+        model.double()
+    model.dtype = dtype
+    return model
+
+
+def gradients(model: RWKV6, loss: Tensor) -> dict[str, Tensor]:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, trained.values()), strict=True))
+
+
+def packed_loss(model: RWKV6) -> Tensor:
+    rows = packed()
+    hidden, _ = model.hidden(rows["input_ids"], starts=rows["starts"])
+    return model.loss(hidden, rows["targets"], rows["loss_mask"])
+
+
+def loss_one_by_one(model: RWKV6) -> Tensor:
+    """The mean over all trained tokens, from each document's own mean."""
+    total, count = 0.0, 0
+    for ids in documents(0) + documents(1):
+        if len(ids) > 1:
+            hidden, _ = model.hidden(ids[None, :-1])
+            mask = torch.ones(1, len(ids) - 1, dtype=torch.bool)
+            total = total + model.loss(hidden, ids[None, 1:], mask) * (len(ids) - 1)
+            count += len(ids) - 1
+    return total / count
+
+
+@pytest.mark.parametrize("grad_cp", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["none", "bone", "lora"])
+def test_loss_and_gradients_equal_each_document_alone(method, backend, grad_cp):
+    model = model_for(method, backend, grad_cp=grad_cp)
+    found, expected = packed_loss(model), loss_one_by_one(model)
+    assert relative_error(found, expected) < 1e-6
+    alone = gradients(model, expected)
+    for name, grad in gradients(model, found).items():
+        assert alone[name].abs().max() > 0, name
+        assert relative_error(grad, alone[name]) < 5e-5, name
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("method", ["none", "bone", "lora"])
+def test_the_same_in_float64(method, backend):
+    """Where rounding cannot hide anything."""
+    model = model_for(method, backend, torch.float64)
+    found, expected = packed_loss(model), loss_one_by_one(model)
+    assert relative_error(found, expected) < 1e-12
+    alone = gradients(model, expected)
+    for name, grad in gradients(model, found).items():
+        assert relative_error(grad, alone[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["none", "bone", "lora"])
+def test_the_same_in_bf16(method, backend):
+    """Where the same numbers are rounded, other sums go into them: 3e-2 at most, measured, on time_faaaa."""
+    model = model_for(method, backend, torch.bfloat16)
+    found, expected = packed_loss(model), loss_one_by_one(model)
+    assert relative_error(found, expected) < 1e-3
+    alone = gradients(model, expected)
+    for name, grad in gradients(model, found).items():
+        assert relative_error(grad, alone[name]) < 5e-2, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_state_is_the_last_documents(backend):
+    model, rows = model_for(backend=backend), packed()
+    _, state = model.hidden(rows["input_ids"], starts=rows["starts"])
+    for row in range(2):
+        _, alone = model.hidden(documents(row)[-1][None])
+        for found, expected in zip(state, alone, strict=True):
+            for name in ("att_shift", "wkv", "ffn_shift"):
+                assert relative_error(getattr(found, name)[row], getattr(expected, name)[0]) < 2e-6, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_documents_change_no_bit(backend, dtype):
+    """Of a document's outputs, and nothing of its loss trains what the others alone say."""
+    model, rows, others = model_for(backend=backend, dtype=dtype), packed(), packed(seed=1)
+    before, _ = model.hidden(rows["input_ids"], starts=rows["starts"])
+    ids = others["input_ids"].clone()
+    ids[0, MIDDLE] = rows["input_ids"][0, MIDDLE]
+    after, _ = model.hidden(ids, starts=rows["starts"])
+    assert torch.equal(before[0, MIDDLE], after[0, MIDDLE])
+    assert not torch.equal(before[0, 31], after[0, 31])
+    inside = MIDDLE.stop - MIDDLE.start - 1  # the last token's output is not the document's own
+    (grad,) = torch.autograd.grad(before[0, MIDDLE][:inside].float().square().sum(), model.emb.weight)
+    trained = set(grad.abs().sum(1).nonzero().flatten().tolist())
+    assert trained == set(rows["input_ids"][0, MIDDLE][:inside].tolist())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_state_is_carried_in_where_no_document_starts(backend):
+    """Row 0 goes on with its text, row 1 begins one; no gradient goes back from row 1."""
+    model = model_for(backend=backend)
+    ids = torch.randint(TINY.vocab_size, (2, 41), generator=torch.Generator().manual_seed(7))
+    starts = torch.zeros(2, 24, dtype=torch.bool)
+    starts[1, 0] = True
+    _, state = model.hidden(ids[:, :17])
+    for layer in state:
+        for tensor in (layer.att_shift, layer.wkv, layer.ffn_shift):
+            tensor.retain_grad()
+    found, _ = model.hidden(ids[:, 17:], state, starts)
+    whole, _ = model.hidden(ids[:1])
+    alone, _ = model.hidden(ids[1:, 17:])
+    assert relative_error(found[0], whole[0, 17:]) < 2e-6
+    assert relative_error(found[1], alone[0]) < 2e-6
+    found.square().sum().backward()
+    for layer in state:
+        for tensor in (layer.att_shift, layer.wkv, layer.ffn_shift):
+            assert tensor.grad[0].abs().max() > 0
+            assert tensor.grad[1].abs().max() == 0
+
+
+def test_no_start_at_all_is_the_model_without():
+    model, ids = model_for(), packed()["input_ids"]
+    plain, _ = model.hidden(ids)
+    for first in (False, True):
+        starts = torch.zeros(ids.shape, dtype=torch.bool)
+        starts[:, 0] = first
+        assert torch.equal(model.hidden(ids, starts=starts)[0], plain)
+
+
+def test_training_reads_starts_from_the_batch():
+    model, rows = model_for(), packed()
+    step = TrainingModule(model, OptimConfig(), total_steps=1).training_step
+    joined = {name: rows[name] for name in ("input_ids", "targets", "loss_mask")}
+    assert torch.equal(step(rows, 0), packed_loss(model))
+    assert not torch.equal(step(joined, 0), packed_loss(model))
+    expected = gradients(model, loss_one_by_one(model))["head.weight"]
+    assert relative_error(mean_gradients(model, ["head"], [rows])["head"], expected) < 5e-5
+
+
+def test_a_prompt_has_no_place_in_a_packed_row():
+    model, rows = model_for(), packed()
+    add_prompt(model, PromptConfig(tokens=3), torch.float32, initialise=True)
+    with pytest.raises(ValueError, match="cannot have the prompt before each"):
+        model.hidden(rows["input_ids"], starts=rows["starts"])
+
+
+def test_starts_that_do_not_fit_are_refused():
+    model, rows = model_for(), packed()
+    for wrong in (rows["starts"][:, 1:], rows["starts"].long()):
+        with pytest.raises(ValueError, match=r"starts must be bool \(2, 86\)"):
+            model.hidden(rows["input_ids"], starts=wrong)
