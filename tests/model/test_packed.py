@@ -42,6 +42,7 @@ def model_for(method: str = "none", backend: str = "auto", dtype=torch.float32, 
     """With an adapter that is not what it began as."""
     model = model_from_state(TINY, lively_model().state_dict(), "lively", wkv_backend=backend, **options)
     if method != "none":
+        torch.manual_seed(0)  # of the factors that start at random
         peft_config = {"bone": {"r": 16}, "lora": {"r": 4}}[method]
         add_adapter(model, PeftConfig(peft=method, peft_config=peft_config))
         generator = torch.Generator().manual_seed(2)
@@ -88,7 +89,7 @@ def test_loss_and_gradients_equal_each_document_alone(method, backend, grad_cp):
     alone = gradients(model, expected)
     for name, grad in gradients(model, found).items():
         assert alone[name].abs().max() > 0, name
-        assert relative_error(grad, alone[name]) < 5e-5, name
+        assert relative_error(grad, alone[name]) < 5e-6, name
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -182,7 +183,7 @@ def test_training_reads_starts_from_the_batch():
     assert torch.equal(step(rows, 0), packed_loss(model))
     assert not torch.equal(step(joined, 0), packed_loss(model))
     expected = gradients(model, loss_one_by_one(model))["head.weight"]
-    assert relative_error(mean_gradients(model, ["head"], [rows])["head"], expected) < 5e-5
+    assert relative_error(mean_gradients(model, ["head"], [rows])["head"], expected) < 5e-6
 
 
 def test_a_prompt_has_no_place_in_a_packed_row():

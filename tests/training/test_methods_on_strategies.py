@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from rwkv_peft import cli
@@ -82,9 +83,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(inputs: Path) -> list[Result]:
-    """The runs in one process, with the whole batch."""
+    """The runs in one process, with the whole batch, on one thread as in the pair: Adam's first steps are as large as
+    the rate whatever the gradient, so that one near 0 would show the order of its sums."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for flags in flags_of(inputs, "alone", "--micro_bsz", "4"):
         run(cli.resolve(cli.parse_args(flags)))
+    torch.set_num_threads(threads)
     return results(inputs / "alone")
 
 
@@ -101,8 +106,7 @@ def test_two_processes_train_what_one_does(strategy: str, inputs: Path, alone: l
         assert {name: t.shape for name, t in pair.tensors.items()} == {name: t.shape for name, t in one.tensors.items()}
         for name, tensor in one.tensors.items():
             assert pair.tensors[name].dtype == tensor.dtype
-            # Adam's first steps are as large as the rate, whatever the gradient: one near 0 shows its rounding.
-            assert relative_error(pair.tensors[name], tensor) < 1e-3, (case, name)
+            assert relative_error(pair.tensors[name], tensor) < 1e-4, (case, name)
 
 
 def in_a_pair(runs: list[list[str]], file: Path) -> None:

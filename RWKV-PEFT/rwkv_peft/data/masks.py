@@ -40,16 +40,15 @@ def make_mask(reader: BinidxReader, config: DataConfig) -> TokenMask:
         ConfigError: a marker of --mask_id is no text and no ids.
     """
     name = config.loss_mask
-    companion = getattr(reader, "mask", None)
     if name == "auto":
-        name = "pad" if companion is None else "file"
+        name = "pad" if reader.mask is None else "file"
     if name in ("none", "pad"):
         return EveryToken(name)
     if name == "file":
-        if companion is None:
+        if reader.mask is None:
             hint = "tools/json2binidx.py writes it for chat records; or choose another --loss_mask."
             raise DataError(f"{reader.prefix}.mask.bin", "no such file, which --loss_mask file needs", hint=hint)
-        mask: TokenMask = Companion(companion, reader.bounds)
+        mask: TokenMask = Companion(reader)
     else:
         mask = Answers(name, reader, *_markers(reader, name, config.mask_id))
     if mask.silent == len(reader):
@@ -71,22 +70,15 @@ class EveryToken:
 
 
 class Companion:
-    """`file`: a byte per token, 1 where it trains.
-
-    Args:
-        mask: (tokens,) uint8.
-        bounds: (documents + 1,) where documents begin.
-    """
+    """`file`: what PREFIX.mask.bin says."""
 
     name = "file"
 
-    def __init__(self, mask: np.ndarray, bounds: np.ndarray) -> None:
-        self._mask = mask
-        trained = (np.flatnonzero(mask[i : i + _CHUNK] == 1) + i for i in range(0, len(mask), _CHUNK))
-        self.silent = _without_any(bounds, trained)
-
-    def trains(self, start: int, stop: int) -> np.ndarray:
-        return self._mask[start:stop] == 1
+    def __init__(self, reader: BinidxReader) -> None:
+        self.trains = reader.trained
+        tokens = len(reader.tokens)
+        parts = ((i, reader.trained(i, min(i + _CHUNK, tokens))) for i in range(0, tokens, _CHUNK))
+        self.silent = _without_any(reader.bounds, (np.flatnonzero(part) + i for i, part in parts))
 
 
 class Answers:
