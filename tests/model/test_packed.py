@@ -23,6 +23,15 @@ MIDDLE = slice(32, 40)
 """Row 0's document of 8 tokens."""
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The bounds are those of one order of sums."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def documents(row: int, seed: int = 0) -> list[Tensor]:
     generator = torch.Generator().manual_seed(10 * seed + row)
     return [torch.randint(TINY.vocab_size, (n,), generator=generator) for n in LENGTHS[row]]
