@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
 from rwkv_peft.config import DataConfig, RunConfig
@@ -110,3 +111,9 @@ def device_line(config: RunConfig, wkv: Choice) -> str:
     if widens(activation_dtype(train), device):
         dtype += ", products in fp32, which this CPU does faster"
     return f"device  {name}; {dtype}; WKV6 {wkv.backend} ({wkv.why}); strategy {train.strategy}"
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    """Print a line, on the main process only."""
+    print(text, flush=True)
