@@ -43,7 +43,23 @@ class StepMetrics:
     """Seconds since training began."""
 
 
-class StepRecorder(pl.Callback):
+class StepCallback(pl.Callback):
+    """Calls `after_step` once for every optimizer step, where Lightning's own hooks come with every batch of it."""
+
+    def __init__(self) -> None:
+        self._steps_seen = 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
+        if trainer.global_step != self._steps_seen:
+            self._steps_seen = trainer.global_step
+            self.after_step(trainer, module)
+
+    def after_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """What to do after an optimizer step, on every process; `module.step` counts it already."""
+        raise NotImplementedError
+
+
+class StepRecorder(StepCallback):
     """Gathers what each optimizer step did, over accumulated batches and devices, and hands it on.
 
     Args:
@@ -51,10 +67,10 @@ class StepRecorder(pl.Callback):
     """
 
     def __init__(self, consumers: list[Callable[[StepMetrics], None]]) -> None:
+        super().__init__()
         self.consumers = consumers
         self.losses: list[Tensor] = []
         self.tokens: Tensor | int = 0
-        self.step = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         self.began = self.last = time.perf_counter()
@@ -63,14 +79,14 @@ class StepRecorder(pl.Callback):
         # Lightning hands out the loss as it was divided for accumulation.
         self.losses.append(outputs["loss"].detach().float() * trainer.accumulate_grad_batches)
         self.tokens = self.tokens + batch["loss_mask"].sum()
-        if trainer.global_step == self.step:
-            return
-        self.step = trainer.global_step
+        super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+    def after_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
         tokens = int(trainer.strategy.reduce(self.tokens.float(), reduce_op="sum"))
         now = time.perf_counter()
         metrics = StepMetrics(
-            step=self.step,
+            step=module.step,
             loss=float(loss),
             lr=module.rate,
             tokens=tokens,
@@ -81,7 +97,7 @@ class StepRecorder(pl.Callback):
         self.losses, self.tokens, self.last = [], 0, now
         if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
             raise UserError(
-                f"training step {self.step}",
+                f"training step {metrics.step}",
                 f"loss {metrics.loss}, gradient norm {metrics.grad_norm}: not finite",
                 hint="Nothing of this epoch was saved. A lower --lr_init, or --precision fp32, may help.",
             )

@@ -31,6 +31,13 @@ class TrainingModule(pl.LightningModule):
         """Learning rate of this step, before the groups' multipliers."""
         self.grad_norm: float | None = None
         """Global gradient norm of the last step, before clipping."""
+        self.first_step = 0
+        """Optimizer steps that earlier processes made of this run."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done of the run; Lightning's count begins at 0 in each process."""
+        return self.first_step + self.trainer.global_step
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         hidden, _ = self.model.hidden(batch["input_ids"], starts=batch.get("starts"))
@@ -40,10 +47,10 @@ class TrainingModule(pl.LightningModule):
         return build_optimizer(self.model, self.optim, by_block=self.draw is not None)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self.rate = learning_rate(self.trainer.global_step, self.total_steps, self.optim)
+        self.rate = learning_rate(self.step, self.total_steps, self.optim)
         optimizer = self.trainer.optimizers[0]
         if self.draw is not None:
-            self.draw.apply(self.model.blocks, optimizer, self.trainer.global_step)
+            self.draw.apply(self.model.blocks, optimizer, self.step)
         for group in optimizer.param_groups:
             group["lr"] = self.rate * group["lr_scale"] * group.get("active", 1)
 

@@ -114,7 +114,7 @@ def _fit(config: RunConfig, prepared: Prepared, data: BinidxDataModule) -> None:
     except SystemExit:  # how Lightning ends a run on a signal
         if stop.agreed and trainer.global_step:
             save("stopped")
-        say(f"stopped by a signal after step {trainer.global_step} of {total_steps}")
+        say(f"stopped by a signal after step {module.step} of {total_steps}")
         if trainer.is_global_zero:  # Lightning kills the main process where another ends with an error
             raise SystemExit(_exit_code(trainer, stop)) from None
 

@@ -9,8 +9,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from rwkv_peft.training.callbacks import StepCallback
+from rwkv_peft.training.module import TrainingModule
 
-class StopTogether(pl.Callback):
+
+class StopTogether(StepCallback):
     """Ends training on SIGTERM or Ctrl-C, in every process after the same step. A second Ctrl-C does not wait for it.
 
     Lightning by itself stops a process where its signal finds it, while others may wait for it in a collective, and
@@ -18,10 +21,10 @@ class StopTogether(pl.Callback):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.agreed = 0
         """The signal on which all processes stopped; 0 where none has come."""
         self._noted = 0
-        self._step = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """In place of Lightning's handlers; Lightning puts back those of before when it is done."""
@@ -33,10 +36,7 @@ class StopTogether(pl.Callback):
             raise KeyboardInterrupt
         self._noted = number
 
-    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *batch: object) -> None:
-        if trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
+    def after_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         noted = torch.tensor(self._noted, device=module.device)
         self.agreed = int(trainer.strategy.reduce(noted, reduce_op="max"))
         if self.agreed:
