@@ -1,8 +1,10 @@
-"""How fast text becomes tokens: tools/json2binidx.py against a straightforward loop over the `rwkv` package's trie.
+"""How fast text becomes tokens, and tokens batches.
 
-Both read the same JSON lines and write the same pair, byte for byte (checked). Rates are megabytes of JSON lines for
-each second that a core worked (CPU time, so that other programs on the machine disturb little), the best of --runs
-turns taken alternately, with the vocabularies loaded. Then the stages of the converter, to see which one limits.
+First tools/json2binidx.py against a straightforward loop over the `rwkv` package's trie. Both read the same JSON lines
+and write the same pair, byte for byte (checked). Rates are megabytes of JSON lines for each second that a core worked
+(CPU time, so that other programs on the machine disturb little), the best of --runs turns taken alternately, with the
+vocabularies loaded. Then the stages of the converter, to see which one limits. Then batches a second by --dataload, and
+what packing gains over padding in tokens that train (bench_rows.py).
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[0] = str(ROOT / "RWKV-PEFT")
 sys.path.insert(1, str(ROOT))
+sys.path.append(str(ROOT / "tools"))  # last: tools/inspect.py would hide the standard library's
 
 import numpy as np
+from bench_rows import bench_packing, bench_reading, write_chat_like
 
 from demo.corpus import python_texts
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.convert import Options, convert
 from rwkv_peft.data.encode import pack_ids
 from rwkv_peft.data.records import Layout, parse
@@ -241,8 +245,18 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--megabytes", type=float, default=8, help="size of each corpus (8)")
     parser.add_argument("--runs", type=int, default=5, help="turns, of which the best counts (5)")
     parser.add_argument("--debug", action="store_true", help="show Python tracebacks for mistakes in the input too")
+    parser.add_argument("--documents", type=int, default=20_000, help="of the chat-like pair (20000)")
+    parser.add_argument("--ctx_len", type=int, default=2048, help="tokens of a row (2048)")
+    parser.add_argument("--micro_bsz", type=int, default=2, help="rows of a batch (2)")
+    parser.add_argument("--batches", type=int, default=500, help="read in each turn (500)")
+    parser.add_argument("--steps", type=int, default=4, help="trained in each turn (4)")
     args = parser.parse_args(argv)
     bench_convert(args.megabytes, args.runs)
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "chat"
+        write_chat_like(prefix, english(10**12), args.documents)
+        bench_reading(prefix, args)
+        bench_packing(prefix, args)
 
 
 if __name__ == "__main__":

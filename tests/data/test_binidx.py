@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.binidx import BinidxReader, BinidxWriter, finalize_together
+from rwkv_peft.data.binidx import BinidxReader
+from rwkv_peft.data.binidx_writer import BinidxWriter, finalize_together
 from rwkv_peft.errors import DataError
 from tests.data.pairs import IdsOnly, index_bytes, write_files
 
@@ -174,6 +175,7 @@ def test_folder_in_place_of_a_file(write_pair):
         (lambda meta: meta | {"format_version": 9}, "unknown format version; found 9, expected 1 to 2"),
         (lambda meta: meta | {"format_version": 0}, "unknown format version"),
         (lambda meta: meta | {"mask": 1}, "damaged; found TypeError('mask is 1, neither true nor false')"),
+        (lambda meta: meta | {"held_out": "no"}, "damaged; found TypeError(\"held_out is 'no', neither true nor false"),
         (lambda meta: {key: meta[key] for key in meta if key != "mask"}, "damaged; found KeyError('mask')"),
         (lambda meta: meta | {"vocab_size": -300}, "damaged; found ValueError('eod 0 is no id"),
         (lambda meta: meta | {"tokenizer_spec": "\ud800"}, "damaged; found UnicodeEncodeError"),

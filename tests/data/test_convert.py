@@ -4,19 +4,24 @@ import errno
 import gzip
 import itertools
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rwkv_peft.data import binidx, sources
-from rwkv_peft.data.binidx import BinidxReader, BinidxWriter
+from rwkv_peft.data import binidx_writer, sources
+from rwkv_peft.data.binidx import BinidxReader
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.convert import Options, convert
 from rwkv_peft.data.convert_cli import main
 from rwkv_peft.data.encode import encode_all, pack_ids
 from rwkv_peft.data.records import Layout
 from rwkv_peft.data.sources import Chunk
+from rwkv_peft.data.temporary import temporary
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import ConfigError, DataError
 
@@ -217,6 +222,55 @@ def test_the_validation_pair_is_disjoint_and_stable(tmp_path):
     assert set(documents_of(tmp_path / "b")) - {new} == train
 
 
+def test_without_a_fraction_the_old_half_goes_with_the_old_pair(tmp_path):
+    """The new pair trains on what it held out. A pair of that name that is no half of another stays."""
+    path = write_lines(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(100)])
+    prefix, tokenizer = str(tmp_path / "out"), load_tokenizer("bytes")
+    convert([path], prefix, tokenizer, options=Options(val_fraction=0.3))
+    assert BinidxReader(prefix + "_val").meta.held_out
+    assert not BinidxReader(prefix).meta.held_out
+    convert([path], prefix, tokenizer)
+    assert not list(tmp_path.glob("out_val*"))
+    assert len(BinidxReader(prefix)) == 100
+    convert([path], prefix + "_val", tokenizer)
+    convert([path], prefix, tokenizer)
+    assert len(BinidxReader(prefix + "_val")) == 100
+
+
+def test_a_failed_run_keeps_the_old_half(tmp_path, monkeypatch):
+    path = write_lines(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(100)])
+    prefix, tokenizer = str(tmp_path / "out"), load_tokenizer("bytes")
+    convert([path], prefix, tokenizer, options=Options(val_fraction=0.3))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def disk_full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(BinidxWriter, "_index_bytes", disk_full)
+    with pytest.raises(DataError, match="no space left"):
+        convert([path], prefix, tokenizer)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
+    """Its own process is gone; files of one that runs, of another machine, and of other outputs are not touched."""
+    path = write_lines(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(3)])
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    own, host = os.getpid(), temporary("x").name.split(".")[1].rpartition("-")[0]
+    dead = [f"out.bin.{host}-{child.pid}.tmp", f"out_val.idx.{host}-{child.pid}.tmp"]
+    alive = [
+        f"out.bin.{host}-{os.getppid()}.tmp",
+        f"out.bin.elsewhere-{child.pid}.tmp",
+        f"outer.bin.{host}-{child.pid}.tmp",
+        f"out.bin.{host}-{own}.txt",
+    ]
+    for name in dead + alive:
+        (tmp_path / name).write_bytes(b"")
+    convert([path], str(tmp_path / "out"), load_tokenizer("bytes"))
+    assert {file.name for file in tmp_path.glob("*.t*")} == set(alive)
+
+
 def test_both_pairs_have_a_mask_or_none(tmp_path):
     """At this fraction the one instruction is on one side only."""
     records = [{"text": str(i)} for i in range(50)] + [{"query": "q", "response": "r"}]
@@ -304,7 +358,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(binidx, "_sync_and_close", full)
+    monkeypatch.setattr(binidx_writer, "_sync_and_close", full)
     with pytest.raises(DataError, match=r"out: no space left to write; found No space left on device\. Nothing was"):
         convert([path], str(tmp_path / "out"), load_tokenizer("bytes"))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]

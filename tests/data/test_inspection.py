@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data import inspection, mask_file
-from rwkv_peft.data.binidx import BinidxReader, BinidxWriter
+from rwkv_peft.data.binidx import BinidxReader
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.datamodule import BinidxDataModule
 from rwkv_peft.data.inspection import Vocabulary, batches, check, find_vocabulary, histogram, parse_documents
 from rwkv_peft.data.sampling import Samples

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxReader, BinidxWriter
+from rwkv_peft.data.binidx import BinidxReader
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.masks import make_mask
 from rwkv_peft.data.sampling import Samples
 from rwkv_peft.data.tokenizer import load_tokenizer

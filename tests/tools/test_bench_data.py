@@ -1,10 +1,13 @@
 """tools/bench_data.py: the plain loop it measures against does the same job. No timing is judged here."""
 
 import json
+import re
+import sys
 
 import numpy as np
 import pytest
 
+from rwkv_peft.config import ModelConfig
 from rwkv_peft.data.tokenizer import WorldTokenizer
 
 
@@ -36,8 +39,13 @@ def test_multilingual_text_has_many_scripts(bench_data, monkeypatch, tmp_path):
         assert any(first <= letter <= last for letter in text)
 
 
-def test_it_says_which_stage_limits(bench_data, capsys):
-    bench_data.main(["--megabytes", "0.05", "--runs", "1"])
+def test_it_says_which_stage_limits_and_how_fast_batches_come(bench_data, capsys, monkeypatch):
+    rows = sys.modules["bench_rows"]
+    monkeypatch.setattr(rows, "MODEL", ModelConfig(n_layer=1, n_embd=128))
+    small = "--documents 60 --ctx_len 64 --batches 3 --steps 1".split()
+    bench_data.main(["--megabytes", "0.05", "--runs", "1", *small])
     printed = capsys.readouterr().out
+    assert all(f"  {mode:<5} " in printed for mode in rows.MODES)
+    assert float(re.search(r"pack is x([\d.]+) pad", printed)[1]) > 0
     assert printed.count("limits") == len(bench_data.CORPORA)
     assert all(f"{stage} " in printed for stage in ("read", "parse", "tokenise", "pack", "write"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.tokenizer import WorldTokenizer
 from tests.data.pairs import write_mask
 

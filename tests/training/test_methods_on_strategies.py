@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rwkv_peft import cli
 from rwkv_peft.checkpoint import load_base
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.peft.adapter_io import read_adapter
 from rwkv_peft.training.run import run

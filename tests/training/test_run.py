@@ -15,7 +15,7 @@ import torch
 from rwkv_peft import cli
 from rwkv_peft.assembly import load_with_adapter
 from rwkv_peft.checkpoint import load_base
-from rwkv_peft.data.binidx import BinidxWriter
+from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.peft.adapter_io import read_adapter

@@ -1,4 +1,4 @@
-"""Token files: the MMIDIDX pair of Megatron and GPT-NeoX, which RWKV-LM and RWKV-PEFT read and write.
+"""Token files, read: the MMIDIDX pair of Megatron and GPT-NeoX, which RWKV-LM and RWKV-PEFT read and write.
 
     PREFIX.bin        all tokens of all items, one after another, with no header
     PREFIX.idx        magic, u64 version, u8 dtype code, u64 number of items, u64 number of marks,
@@ -9,25 +9,20 @@
 
 All numbers are little-endian. RWKV's files have one item per document, so their marks are 0, 1, 2, ..., n. Other marks
 group items into documents. A file whose writer never ended a document has one mark, 0: its items are its documents.
+`binidx_writer.py` writes them.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import struct
-from array import array
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO
 
 import numpy as np
 
 from rwkv_peft.data.mask_file import check_mask, map_mask
-from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -39,7 +34,8 @@ FLOAT_DTYPES = {6: "float32", 7: "float64"}
 
 META_VERSION = 2  # 1 knew of no mask
 
-_SUFFIXES = (".bin", ".mask.bin", ".meta.json", ".idx")  # in the order in which they appear
+SUFFIXES = (".bin", ".mask.bin", ".meta.json", ".idx")
+"""Of a pair's files, in the order in which they appear."""
 _REMAKE = "The file is damaged or was cut off: copy it again, or remake the pair with tools/json2binidx.py."
 
 
@@ -58,6 +54,8 @@ class BinidxMeta:
     tokens: int
     mask: bool = False
     """Whether PREFIX.mask.bin belongs to the pair."""
+    held_out: bool = False
+    """Whether it is the validation half of another pair, which the converter wrote with it."""
 
 
 class BinidxReader:
@@ -225,15 +223,19 @@ def _parse_meta(raw: bytes) -> BinidxMeta:
     """Keys that a later version may add are passed over."""
     fields = json.loads(raw)
     numbers = {key: int(fields[key]) for key in ("format_version", "vocab_size", "eod", "documents", "tokens")}
-    mask = fields["mask"] if numbers["format_version"] > 1 else False
-    if not isinstance(mask, bool):
-        raise TypeError(f"mask is {mask!r}, neither true nor false")
+    flags = {
+        "mask": fields["mask"] if numbers["format_version"] > 1 else False,
+        "held_out": fields.get("held_out", False),
+    }
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{key} is {value!r}, neither true nor false")
     if not 0 <= numbers["eod"] < numbers["vocab_size"]:
         raise ValueError(f"eod {numbers['eod']} is no id of a vocabulary of {numbers['vocab_size']}")
     texts = {key: str(fields["tokenizer"][key]) for key in ("name", "sha256")}
     spec = str(fields["tokenizer_spec"])
     "".join((*texts.values(), spec)).encode("utf-8")  # half a character (a lone surrogate) could not be printed
-    return BinidxMeta(tokenizer=texts, tokenizer_spec=spec, mask=mask, **numbers)
+    return BinidxMeta(tokenizer=texts, tokenizer_spec=spec, **flags, **numbers)
 
 
 def _read(path: Path) -> bytes:
@@ -241,203 +243,3 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(str(path), "cannot be read", found=error.strerror) from error
-
-
-class BinidxWriter:
-    """Writes a pair and its sidecar, a document at a time; as a context manager it finalizes, or aborts on an error.
-
-    Everything goes to temporary files beside the target. Only when they are whole and on disk does the old .idx go,
-    and the new one comes last: a reader finds the old pair, the new pair, or no .idx, never halves of two pairs.
-
-    Args:
-        prefix: path without suffix; its folder is made.
-        tokenizer: decides the dtype (uint16 while the vocabulary fits, else int32) and goes into the sidecar.
-        with_mask: write PREFIX.mask.bin. The first document that comes with a mask asks for it too; what is added
-            without one trains everywhere. A pair without a mask removes the .mask.bin of an older pair.
-    Raises:
-        OSError: as the file system gives it.
-    """
-
-    def __init__(self, prefix: str | Path, tokenizer: Tokenizer, with_mask: bool = False) -> None:
-        self.prefix = str(prefix)
-        self._tokenizer = tokenizer
-        self._code, self._typecode = (8, "H") if tokenizer.vocab_size <= 2**16 else (4, "i")
-        self._sizes = array("i")
-        self._unfinished = False
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._bin = open(self._temporary(".bin"), "wb")  # noqa: SIM115  closed by prepare or abort
-        self._mask: BinaryIO | None = None
-        if with_mask:
-            self.begin_mask()
-
-    def __enter__(self) -> BinidxWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.finalize()
-        else:
-            self.abort()
-
-    def add_document(self, ids: Sequence[int], mask: Sequence[int] | None = None) -> None:
-        """Append one document: ids below the tokenizer's vocab_size, the last of them eod; mask 0 or 1 for each.
-
-        Raises:
-            OverflowError: an id does not fit the dtype.
-            ValueError: the mask has another length than ids, or other numbers.
-        """
-        tokens = array(self._typecode, ids)  # as fast as numpy for lists, and never wraps an id that is too large
-        self.add_encoded(tokens.tobytes(), (len(tokens),), None if mask is None else bytes(mask))
-
-    def add_encoded(
-        self, tokens: bytes, sizes: Sequence[int], mask: bytes | None = None, *, goes_on: bool = False
-    ) -> None:
-        """Append documents whose ids are bytes of the file's dtype already. `goes_on`: the last one is not whole yet,
-        and what is added next continues it."""
-        count = sum(sizes)
-        if len(tokens) != count * self._itemsize:
-            raise ValueError(f"{len(tokens)} bytes for {count} tokens of {self._itemsize} bytes")
-        if mask is not None and (len(mask) != count or mask.strip(b"\0\1")):
-            raise ValueError(f"a mask of {len(mask)} for {count} tokens, or with numbers other than 0 and 1")
-        if mask is not None:
-            self.begin_mask()
-        self._bin.write(tokens)
-        if self._mask is not None:
-            self._mask.write(b"\1" * count if mask is None else mask)
-        if self._unfinished and sizes:
-            self._sizes[-1] += sizes[0]
-            sizes = sizes[1:]
-        self._sizes.extend(sizes)
-        self._unfinished = goes_on
-
-    def drop_unfinished(self) -> int:
-        """Take back the document that `goes_on`, if there is one; returns how many tokens that was."""
-        if not self._unfinished:
-            return 0
-        dropped = self._sizes.pop()
-        self._unfinished = False
-        for file, itemsize in ((self._bin, self._itemsize), (self._mask, 1)):
-            if file is not None:
-                file.seek(-dropped * itemsize, os.SEEK_CUR)
-                file.truncate()
-        return dropped
-
-    def begin_mask(self) -> None:
-        """From here on there is a mask; what was added so far trains everywhere."""
-        if self._mask is None:
-            self._mask = open(self._temporary(".mask.bin"), "wb")  # noqa: SIM115  closed by prepare or abort
-            left = int(self.sizes.sum(dtype=np.int64))
-            while left:
-                left -= self._mask.write(b"\1" * min(left, 2**20))
-
-    @property
-    def has_mask(self) -> bool:
-        return self._mask is not None
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """Length of each document so far, (documents,) int32."""
-        return np.array(self._sizes, dtype=np.int32)
-
-    def finalize(self) -> None:
-        """Put the pair in place. Does nothing when that, or abort, has happened already."""
-        if not self._bin.closed:
-            finalize_together([self])
-
-    def prepare(self) -> None:
-        """All of the new pair on disk, in temporary files; nothing can be added any more."""
-        _sync_and_close(self._bin)
-        if self._mask is not None:
-            _sync_and_close(self._mask)
-        self._write_temporary(".meta.json", self._meta_bytes())
-        self._write_temporary(".idx", self._index_bytes())
-
-    def abort(self) -> None:
-        """Remove what was written; an old pair stays as it is."""
-        for file in (self._bin, self._mask):
-            if file is not None:
-                with suppress(OSError):  # on a full disk closing fails again, for what is still buffered
-                    file.close()
-        for suffix in _SUFFIXES:
-            self._temporary(suffix).unlink(missing_ok=True)
-
-    def remove_old_index(self) -> None:
-        Path(self.prefix + ".idx").unlink(missing_ok=True)
-
-    def replace_old_pair(self) -> None:
-        for suffix in _SUFFIXES:
-            _sync_folder(self._folder)  # the order on disk must be the order here
-            if suffix == ".mask.bin" and self._mask is None:
-                Path(self.prefix + suffix).unlink(missing_ok=True)
-            else:
-                self._temporary(suffix).replace(self.prefix + suffix)
-        _sync_folder(self._folder)
-
-    def _index_bytes(self) -> bytes:
-        sizes = self.sizes
-        pointers = np.zeros(len(sizes), dtype="<i8")
-        np.cumsum(sizes[:-1], dtype=np.int64, out=pointers[1:])
-        pointers *= self._itemsize
-        marks = np.arange(len(sizes) + 1, dtype="<i8")
-        header = HEADER.pack(MAGIC, VERSION, self._code, len(sizes), len(marks))
-        return header + sizes.astype("<i4").tobytes() + pointers.tobytes() + marks.tobytes()
-
-    def _meta_bytes(self) -> bytes:
-        meta = BinidxMeta(
-            format_version=META_VERSION,
-            tokenizer=dict(self._tokenizer.identity),
-            tokenizer_spec=self._tokenizer.spec,
-            vocab_size=self._tokenizer.vocab_size,
-            eod=self._tokenizer.eod,
-            documents=len(self._sizes),
-            tokens=int(self.sizes.sum(dtype=np.int64)),
-            mask=self.has_mask,
-        )
-        return (json.dumps(asdict(meta), indent=2, ensure_ascii=False) + "\n").encode("utf-8")
-
-    def _write_temporary(self, suffix: str, content: bytes) -> None:
-        with open(self._temporary(suffix), "wb") as file:
-            file.write(content)
-            _sync_and_close(file)
-
-    @property
-    def _itemsize(self) -> int:
-        return array(self._typecode).itemsize
-
-    @property
-    def _folder(self) -> Path:
-        return Path(self.prefix).parent
-
-    def _temporary(self, suffix: str) -> Path:
-        return Path(f"{self.prefix}{suffix}.{os.getpid()}.tmp")
-
-
-def finalize_together(writers: Sequence[BinidxWriter]) -> None:
-    """Put pairs that belong together in place: no old .idx is left when the first new one appears."""
-    try:
-        for writer in writers:
-            writer.prepare()
-        for writer in writers:
-            writer.remove_old_index()
-        for writer in writers:
-            writer.replace_old_pair()
-    except BaseException:
-        for writer in writers:
-            writer.abort()
-        raise
-
-
-def _sync_and_close(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -20,10 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rwkv_peft.data.binidx import BinidxWriter, finalize_together
+from rwkv_peft.data.binidx import BinidxReader
+from rwkv_peft.data.binidx_writer import BinidxWriter, finalize_together
 from rwkv_peft.data.encode import EncodedChunk, Reject, encode_all
 from rwkv_peft.data.records import Layout
 from rwkv_peft.data.sources import Chunk, find_sources, read_chunks, total_size
+from rwkv_peft.data.temporary import remove_leftovers, temporary
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import DataError
 
@@ -94,6 +96,8 @@ def convert(
     layout, options = layout or Layout(), options or Options()
     paths = find_sources(inputs)
     with _disk_errors(output_prefix), ExitStack() as stack:
+        for prefix in (output_prefix, output_prefix + VAL_SUFFIX):
+            remove_leftovers(prefix)
         outputs = _Outputs(stack, output_prefix, tokenizer, options)
         encoded = encode_all(
             read_chunks(paths), tokenizer, layout, options.val_fraction, options.workers or _auto_workers(paths)
@@ -145,7 +149,7 @@ class _Outputs:
         self._prefix, self._options = prefix, options
         self._train = BinidxWriter(prefix, tokenizer)
         stack.callback(self._train.abort)  # does nothing once the pair is in place
-        self._val = BinidxWriter(prefix + VAL_SUFFIX, tokenizer) if options.val_fraction else None
+        self._val = BinidxWriter(prefix + VAL_SUFFIX, tokenizer, held_out=True) if options.val_fraction else None
         if self._val is not None:
             stack.callback(self._val.abort)
         self._rejects = _RejectFile(prefix)
@@ -214,7 +218,7 @@ class _Outputs:
             for writer in self._writers:
                 writer.begin_mask()
         self._rejects.prepare()
-        finalize_together(self._writers)
+        finalize_together(self._writers, obsolete=[] if self._val else _old_half(self._prefix + VAL_SUFFIX))
         self._rejects.replace()
 
     def summary(self, seconds: float) -> Summary:
@@ -233,13 +237,22 @@ class _Outputs:
         )
 
 
+def _old_half(prefix: str) -> list[str]:
+    """The prefix, where the validation half of an older pair lies there: the new pair trains on what it held out."""
+    try:
+        meta = BinidxReader(prefix).meta
+    except DataError:  # none, or nothing that can be read as one
+        return []
+    return [prefix] if meta is not None and meta.held_out else []
+
+
 class _RejectFile:
     """PREFIX.rejects.jsonl: file, line (or row), reason and the record as it was. A run without any removes it."""
 
     def __init__(self, prefix: str) -> None:
         self.path = Path(prefix + ".rejects.jsonl")
         self.count = 0
-        self._temporary = Path(f"{self.path}.{os.getpid()}.tmp")
+        self._temporary = temporary(self.path)
         self._file = open(self._temporary, "w", encoding="utf-8")  # noqa: SIM115  closed by prepare or abort
 
     def add(self, chunk: Chunk, reject: Reject) -> None:

@@ -1,0 +1,116 @@
+"""How fast rows come, by --dataload, and what packing gains; the second half of bench_data.py.
+
+The pair is English text cut into documents of chat-like lengths (lognormal: median 300 tokens, 95 % below 1,500). Each
+half of a document is masked, as if it were a question, so that the mask is read too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rwkv_peft.assembly import add_adapter
+from rwkv_peft.config import DataConfig, ModelConfig, OptimConfig, PeftConfig
+from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.datamodule import BinidxDataModule
+from rwkv_peft.data.tokenizer import WorldTokenizer
+from rwkv_peft.model.init import model_from_scratch
+from rwkv_peft.peft.bone import BoneConfig
+from rwkv_peft.training.optim import build_optimizer
+
+MODES = ("get", "walk", "pad", "only", "pack")
+MEDIAN, SPREAD = 300, np.log(5) / 1.645
+"""Of the lengths: tokens, and the lognormal's sigma that puts 95 % below five medians."""
+MODEL = ModelConfig(n_layer=6, n_embd=512)
+
+Batches = Iterator[dict[str, Tensor]]
+
+
+def write_chat_like(prefix: Path, texts: Iterator[str], documents: int) -> None:
+    """A pair of `documents` cut out of the texts."""
+    tokenizer, ids = WorldTokenizer(), []
+    lengths = np.random.default_rng(0).lognormal(np.log(MEDIAN), SPREAD, documents).astype(int).clip(2)
+    with BinidxWriter(prefix, tokenizer) as writer:
+        for length in lengths.tolist():
+            while len(ids) < length:
+                ids += tokenizer.encode(next(texts))
+            asked = length // 2
+            writer.add_document([*ids[: length - 1], tokenizer.eod], [0] * asked + [1] * (length - asked))
+            del ids[:length]
+
+
+def batches(prefix: Path, mode: str, ctx_len: int, micro_bsz: int, loss_mask: str = "auto") -> Batches:
+    """As one process of a run gets them."""
+    config = DataConfig(
+        data_file=str(prefix),
+        dataload=mode,
+        ctx_len=ctx_len,
+        micro_bsz=1 if mode == "only" else micro_bsz,
+        loss_mask=loss_mask,
+    )
+    data = BinidxDataModule(config, WorldTokenizer().vocab_size)
+    data.setup()
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0)
+    while True:
+        yield from data.train_dataloader()
+
+
+def rates(found: Batches, count: int) -> tuple[float, float]:
+    """Batches and tokens for each second; opening the pair is not counted."""
+    next(found)
+    begun = time.perf_counter()
+    tokens = sum(batch["input_ids"].numel() for batch in islice(found, count))
+    seconds = time.perf_counter() - begun
+    return count / seconds, tokens / seconds
+
+
+def stepper() -> Callable[[dict[str, Tensor]], int]:
+    """A function that trains Bone on one batch and returns how many tokens trained."""
+    model = model_from_scratch(MODEL.resolved(), seed=0)
+    add_adapter(model, PeftConfig(peft="bone", peft_config=vars(BoneConfig(r=64))))
+    optimizer = build_optimizer(model, OptimConfig())
+
+    def step(batch: dict[str, Tensor]) -> int:
+        hidden, _ = model.hidden(batch["input_ids"], starts=batch.get("starts"))
+        model.loss(hidden, batch["targets"], batch["loss_mask"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return int(batch["loss_mask"].sum())
+
+    return step
+
+
+def bench_reading(prefix: Path, args: argparse.Namespace) -> None:
+    print(f"reading: rows of {args.ctx_len} tokens, {args.micro_bsz} a batch, one process, middle of {args.runs}")
+    for mode in MODES:
+        found = batches(prefix, mode, args.ctx_len, args.micro_bsz)
+        turns = [rates(found, args.batches) for _ in range(args.runs)]
+        per_second, tokens = (statistics.median(values) for values in zip(*turns, strict=True))
+        print(f"  {mode:<5} {per_second:9,.0f} batches/s  {tokens / 1e6:7.1f} M tokens/s")
+
+
+def bench_packing(prefix: Path, args: argparse.Namespace) -> None:
+    """Tokens that train for each second of training, pack over pad, taken in turns."""
+    step, speeds = stepper(), {"pad": [], "pack": []}
+    sources = {mode: batches(prefix, mode, args.ctx_len, args.micro_bsz, "pad") for mode in speeds}
+    for turn in range(args.runs + 1):
+        for mode, found in sources.items():
+            begun = time.perf_counter()
+            trained = sum(step(batch) for batch in islice(found, args.steps))
+            if turn:  # the first warms up
+                speeds[mode].append(trained / (time.perf_counter() - begun))
+    threads = torch.get_num_threads()
+    print(f"training Bone r=64, {MODEL.n_layer} layers x {MODEL.n_embd}, {threads} threads: trained tokens/s")
+    for mode, found in speeds.items():
+        print(f"  {mode:<5} {statistics.median(found):7.0f}  ({min(found):.0f} to {max(found):.0f})")
+    ratios = [pack / pad for pad, pack in zip(speeds["pad"], speeds["pack"], strict=True)]
+    print(f"  pack is x{statistics.median(ratios):.2f} pad ({min(ratios):.2f} to {max(ratios):.2f})")
