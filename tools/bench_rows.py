@@ -59,7 +59,7 @@ def batches(prefix: Path, mode: str, ctx_len: int, micro_bsz: int, loss_mask: st
     )
     data = BinidxDataModule(config, WorldTokenizer().vocab_size)
     data.setup()
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0)
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0, accumulate_grad_batches=1)
     while True:
         yield from data.train_dataloader()
 

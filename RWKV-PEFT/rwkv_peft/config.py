@@ -226,8 +226,16 @@ class TrainConfig:
     """Number of machines."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """Arithmetic of the model; auto is bf16 on a GPU that has it, else fp32; fp16 is refused until it is tested."""
-    strategy: Literal["auto", "ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"] = "auto"
-    """How devices share the work (Lightning's names); deepspeed_stage_3 shares out the frozen base too."""
+    strategy: Literal[
+        "auto",
+        "ddp",
+        "deepspeed_stage_1",
+        "deepspeed_stage_2",
+        "deepspeed_stage_3",
+        "deepspeed_stage_2_offload",
+        "deepspeed_stage_3_offload",
+    ] = "auto"
+    """How devices share the work: docs/training.md. Stage 3 shares out the base too; offload: the CPU runs Adam."""
     grad_cp: Literal[0, 1] = 0
     """1: recompute each block in the backward pass; less memory, one more forward pass."""
     wkv: Literal["auto", "native", "fla", "torch", "reference"] = "auto"

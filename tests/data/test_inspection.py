@@ -269,7 +269,7 @@ def test_batches_are_those_that_training_gets(write_pair, dataload):
     settings = {"data_file": prefix, "ctx_len": 6, "micro_bsz": 4, "epoch_begin": 2, "random_seed": 7}
     config = DataConfig(dataload=dataload, epoch_steps=5, **settings)
     module = BinidxDataModule(config, vocab_size=100)
-    module.trainer = SimpleNamespace(world_size=1, global_rank=0)
+    module.trainer = SimpleNamespace(world_size=1, global_rank=0, accumulate_grad_batches=1)
     module.setup("fit")
     rows = list(batches(Samples(BinidxReader(prefix), config, 100), config, 3))
     assert [row[:2] for row in rows] == [(batch, row) for batch in range(3) for row in range(4)]

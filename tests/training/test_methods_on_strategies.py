@@ -6,9 +6,6 @@ The pair recomputes its blocks in the backward pass (`--grad_cp 1`) and the one 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +20,8 @@ from rwkv_peft.peft.adapter_io import read_adapter
 from rwkv_peft.training.run import run
 from tests.helpers import relative_error, with_shape, write_base
 from tests.peft.cases import CASES, MODEL_CASES
+from tests.training.pairs import in_a_pair
 
-ROOT = Path(__file__).resolve().parents[2]
 RUNS = [
     *[(method, options, "none") for method, options in [*CASES, *MODEL_CASES] if not options.get("dropout")],
     ("pissa", {"r": 4}, "nf4"),
@@ -104,18 +101,3 @@ def test_two_processes_train_what_one_does(strategy: str, inputs: Path, alone: l
         for name, tensor in one.tensors.items():
             assert pair.tensors[name].dtype == tensor.dtype
             assert relative_error(pair.tensors[name], tensor) < 1e-4, (case, name)
-
-
-def in_a_pair(runs: list[list[str]], file: Path) -> None:
-    """One pair of processes makes all runs in turn; starting it takes longer than a run."""
-    file.write_text(json.dumps(runs))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launcher, "tests/training/train_in_turn.py", str(file)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "RWKV-PEFT")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]

@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pytorch_lightning as pl
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxMeta, BinidxReader
 from rwkv_peft.data.mixture import open_source
 from rwkv_peft.data.sampling import DataPlan, Source, make_plan
 from rwkv_peft.data.tokenizer import same_tokenizer
+from rwkv_peft.data.windows import WindowLoader
 from rwkv_peft.errors import DataError
 
 SampleKey = tuple[int, int]
@@ -27,6 +28,7 @@ class BinidxDataModule(pl.LightningDataModule):
     """Training batches from binidx pairs: input_ids (B, T) int64, targets (B, T) int64, loss_mask (B, T) bool.
 
     With `pack` also starts (B, T) bool, where documents begin; with `only`, B is 1 and T as long as the document asks.
+    How many tokens train comes with them (`WindowLoader`).
 
     At step s of an epoch, rank q of w gets the samples (s*w + q)*B .. +B-1: all ranks together get what one process
     with a batch of w*B gets. The trainer must run with `use_distributed_sampler=False`.
@@ -71,7 +73,7 @@ class BinidxDataModule(pl.LightningDataModule):
         """Steps and passes of the run on `world_size` devices, after `setup`."""
         return make_plan(self._ready(), self.config, world_size)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> WindowLoader:
         """This rank's share of every epoch."""
         config, trainer = self.config, self.trainer
         sampler = EpochSampler(
@@ -84,7 +86,8 @@ class BinidxDataModule(pl.LightningDataModule):
         )
         # No workers: a sample of mapped memory takes about 40 us, less than passing it between processes.
         dataset = SampleDataset(self._ready(), config.random_seed)
-        return DataLoader(dataset, batch_size=config.micro_bsz, sampler=sampler, num_workers=0)
+        window = trainer.accumulate_grad_batches
+        return WindowLoader(dataset, batch_size=config.micro_bsz, sampler=sampler, num_workers=0, window=window)
 
     def first_samples(self, count: int) -> Iterator[dict[str, Tensor]]:
         """The run's first samples as batches of one, after `setup`: the same whatever the batch and the devices are."""

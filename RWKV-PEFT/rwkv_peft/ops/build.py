@@ -89,13 +89,18 @@ def load_library(name: str) -> str | None:
         torch.ops.load_library(folder / f"{folder.name}.so")
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.debug("building %s failed", name, exc_info=True)
-        return _first_errors(str(error))
+        return first_errors(str(error))
     return None
 
 
 def _missing_tool(library: Library) -> str | None:
     if library.needs_cuda and find_nvcc() is None:
         return "no CUDA compiler: nvcc is neither on PATH nor under CUDA_HOME"
+    return missing_compiler()
+
+
+def missing_compiler() -> str | None:
+    """Why there is no C++ compiler; None where there is one."""
     if shutil.which(_compiler()) is None:
         return f"no C++ compiler: {_compiler()!r} is not on PATH (Debian: apt install g++; or set CXX)"
     return None
@@ -104,7 +109,7 @@ def _missing_tool(library: Library) -> str | None:
 def _build(library: Library, folder: Path) -> None:
     """Build in `folder` unless another process just did."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_builder(folder), _ninja_on_path():
+    with only_builder(folder), ninja_on_path():
         if _finished(folder):
             return
         logger.warning("note: building the operator %s (some 10 s, once)", folder.name)
@@ -148,7 +153,7 @@ def _compiler() -> str:
 
 
 @contextlib.contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
+def only_builder(folder: Path) -> Iterator[None]:
     """Let one process build at a time, and get past a lock whose owner was killed.
 
     PyTorch's own lock is a file that its owner removes: left by a killed process, it makes every later one wait for
@@ -161,7 +166,7 @@ def _only_builder(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ninja_on_path() -> Iterator[None]:
+def ninja_on_path() -> Iterator[None]:
     """pip puts ninja beside the interpreter, which is not on PATH unless the environment was activated."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join((before, str(Path(sys.executable).parent)))
@@ -171,7 +176,7 @@ def _ninja_on_path() -> Iterator[None]:
         os.environ["PATH"] = before
 
 
-def _first_errors(output: str, limit: int = 2) -> str:
+def first_errors(output: str, limit: int = 2) -> str:
     """The compiler's first errors out of ninja's output, or its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\b(fatal )?error\b", line, re.IGNORECASE)]

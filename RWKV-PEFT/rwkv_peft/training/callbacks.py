@@ -32,7 +32,7 @@ class StepMetrics:
     step: int
     """Optimizer steps done."""
     loss: float
-    """Mean over the step's batches and devices."""
+    """Mean over the step's trained tokens, of all its batches and devices."""
     lr: float
     tokens: int
     """Trained tokens of this step, on all devices."""
@@ -70,20 +70,18 @@ class StepRecorder(StepCallback):
         super().__init__()
         self.consumers = consumers
         self.losses: list[Tensor] = []
-        self.tokens: Tensor | int = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         self.began = self.last = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: TrainingModule, outputs, batch, batch_idx: int) -> None:
-        # Lightning hands out the loss as it was divided for accumulation.
-        self.losses.append(outputs["loss"].detach().float() * trainer.accumulate_grad_batches)
-        self.tokens = self.tokens + batch["loss_mask"].sum()
+        # Weighed by its tokens, and divided for accumulation: the mean over devices of the sum is the loss.
+        self.losses.append(outputs["loss"].detach().float())
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def after_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        loss = trainer.strategy.reduce(torch.stack(self.losses).mean(), reduce_op="mean")
-        tokens = int(trainer.strategy.reduce(self.tokens.float(), reduce_op="sum"))
+        loss = trainer.strategy.reduce(torch.stack(self.losses).sum(), reduce_op="mean")
+        tokens = module.token_mean.step_tokens
         now = time.perf_counter()
         metrics = StepMetrics(
             step=module.step,
@@ -94,7 +92,7 @@ class StepRecorder(StepCallback):
             grad_norm=float(module.grad_norm),
             time=round(now - self.began, 3),
         )
-        self.losses, self.tokens, self.last = [], 0, now
+        self.losses, self.last = [], now
         if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
             raise UserError(
                 f"training step {metrics.step}",

@@ -11,7 +11,7 @@ from rwkv_peft.model.rwkv6 import RWKV6
 
 
 def mean_gradients(model: RWKV6, layers: Sequence[str], batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """dL/dW of some layers' weights, the mean over batches, by layer name, in fp32 on the CPU.
+    """dL/dW of some layers' weights, by layer name, in fp32 on the CPU; L is the mean over the batches' trained tokens.
 
     They are as large as the weights in fp32, all together; on the model's device there is one at a time.
 
@@ -26,16 +26,17 @@ def mean_gradients(model: RWKV6, layers: Sequence[str], batches: Iterable[dict[s
         parameter.requires_grad_(False)
     weights = {name: model.get_submodule(name).weight.requires_grad_() for name in layers}
     hooks = [weight.register_post_accumulate_grad_hook(_collector(sums, name)) for name, weight in weights.items()]
-    count = 0
+    tokens = 0
     for batch in batches:
         hidden, _ = model.hidden(batch["input_ids"], starts=batch.get("starts"))
-        model.loss(hidden, batch["targets"], batch["loss_mask"]).backward()
-        count += 1
+        count = int(batch["loss_mask"].sum())
+        (model.loss(hidden, batch["targets"], batch["loss_mask"]) * count).backward()
+        tokens += count
     for hook in hooks:
         hook.remove()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained[name])
-    return {name: total / count for name, total in sums.items()}
+    return {name: total / max(1, tokens) for name, total in sums.items()}
 
 
 def _collector(sums: dict[str, Tensor], name: str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
@@ -10,6 +12,7 @@ from torch import Tensor
 from rwkv_peft.config import OptimConfig
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.training.lisa import BlockDraw
+from rwkv_peft.training.normalisation import TokenMean
 from rwkv_peft.training.optim import build_optimizer
 from rwkv_peft.training.schedule import learning_rate
 
@@ -31,6 +34,7 @@ class TrainingModule(pl.LightningModule):
         """Learning rate of this step, before the groups' multipliers."""
         self.grad_norm: float | None = None
         """Global gradient norm of the last step, before clipping."""
+        self.token_mean = TokenMean()
         self.first_step = 0
         """Optimizer steps that earlier processes made of this run."""
 
@@ -39,14 +43,17 @@ class TrainingModule(pl.LightningModule):
         """Optimizer steps done of the run; Lightning's count begins at 0 in each process."""
         return self.first_step + self.trainer.global_step
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         hidden, _ = self.model.hidden(batch["input_ids"], starts=batch.get("starts"))
-        return self.model.loss(hidden, batch["targets"], batch["loss_mask"])
+        loss = self.model.loss(hidden, batch["targets"], batch["loss_mask"])
+        return loss * self.token_mean.weight(self.trainer, batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.optim, by_block=self.draw is not None)
+        offload = getattr(self.trainer.strategy, "offload", False)
+        return build_optimizer(self.model, self.optim, by_block=self.draw is not None, offload=offload)
 
-    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.token_mean.begin_batch(self.trainer, batch)
         self.rate = learning_rate(self.step, self.total_steps, self.optim)
         optimizer = self.trainer.optimizers[0]
         if self.draw is not None:

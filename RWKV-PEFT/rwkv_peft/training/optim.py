@@ -9,6 +9,7 @@ from torch import nn
 
 from rwkv_peft.config import OptimConfig
 from rwkv_peft.peft.injection import lr_scales
+from rwkv_peft.training.offload import cpu_adamw
 
 DECAY_LR_SCALE = 2.0
 """RWKV-LM's multiplier of the learning rate for `time_decay`."""
@@ -38,6 +39,10 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, *, by_block: bool = F
     ]
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig, *, by_block: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, *, by_block: bool = False, offload: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW over the groups of `parameter_groups`; with `offload` the one that DeepSpeed runs on CPUs."""
     groups = parameter_groups(model, optim, by_block=by_block)
-    return torch.optim.AdamW(groups, lr=optim.lr_init, betas=(optim.beta1, optim.beta2), eps=optim.adam_eps)
+    make = cpu_adamw if offload else torch.optim.AdamW
+    return make(groups, lr=optim.lr_init, betas=(optim.beta1, optim.beta2), eps=optim.adam_eps)

@@ -23,6 +23,7 @@ from rwkv_peft.peft.lisa import LisaConfig
 from rwkv_peft.training.allocator import keep_freed_pages
 from rwkv_peft.training.banner import banner, device_line, say
 from rwkv_peft.training.callbacks import MetricsFile, Progress, SaveEveryEpoch, StepRecorder
+from rwkv_peft.training.launch import check_launch
 from rwkv_peft.training.lisa import BlockDraw
 from rwkv_peft.training.loggers import wandb_logger
 from rwkv_peft.training.module import TrainingModule
@@ -44,6 +45,7 @@ def run(config: RunConfig) -> None:
         UserError: anything wrong with a flag or a file, before training begins where it can be known.
     """
     _quiet_lightning()
+    check_launch(devices_per_node(config.train), config.train.num_nodes, os.environ)
     if config.train.precision == "tf32":
         torch.set_float32_matmul_precision("high")
     if config.train.dry_run:

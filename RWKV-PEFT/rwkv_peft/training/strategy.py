@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.training.launch import DeepSpeedEnvironment
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
 
@@ -66,8 +67,10 @@ class KeepDtypes(DeepSpeedPrecision):
 class DeepSpeed(DeepSpeedStrategy):
     """Lightning's DeepSpeed, also on CPUs (gloo), and with the loss divided once under accumulation."""
 
-    def __init__(self, stage: int) -> None:
-        super().__init__(stage=stage)
+    def __init__(self, stage: int, *, offload: bool = False) -> None:
+        super().__init__(stage=stage, offload_optimizer=offload, offload_parameters=offload and stage == 3)
+        self.offload = offload
+        """Whether what the optimizer holds, and its step, are the CPU's."""
         if stage == 3:
             self.config["zero_optimization"]["stage3_param_persistence_threshold"] = WHOLE_BELOW
 
@@ -92,7 +95,18 @@ class DeepSpeed(DeepSpeedStrategy):
             model.to(self.root_device)  # the buffers
         return super()._setup_model_and_optimizer(model, optimizer, *args)
 
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """No: by DeepSpeed's own count of batches, an epoch's last, shorter step would go over into the next epoch."""
+        return False
+
+    def block_backward_sync(self) -> AbstractContextManager:
+        """The engine itself knows, by what `backward` tells it, when to exchange gradients."""
+        return nullcontext()
+
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        steps_now = not self.lightning_module.trainer.fit_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(steps_now)
         # Lightning has divided the loss by the accumulated batches; DeepSpeed would divide it again.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
@@ -103,13 +117,15 @@ def build_strategy(train: TrainConfig, *, unused: bool = False) -> dict[str, Any
     Args:
         unused: some trained parameters get no gradient in some steps, which DDP has to look for.
     """
+    launched = [DeepSpeedEnvironment()] if DeepSpeedEnvironment.detect() else []
     if train.strategy.startswith("deepspeed"):
-        stage = int(train.strategy.rsplit("_", 1)[1])
-        return {"strategy": DeepSpeed(stage), "plugins": [KeepDtypes()]}
+        stage, _, offload = train.strategy.removeprefix("deepspeed_stage_").partition("_")
+        return {"strategy": DeepSpeed(int(stage), offload=bool(offload)), "plugins": [KeepDtypes(), *launched]}
     if train.strategy == "auto" and devices_per_node(train) * train.num_nodes == 1:
         return {"strategy": "auto"}
     # Buffers, a quantised base among them, never change: they need not be sent around in every step.
-    return {"strategy": DDPStrategy(forward_sync_buffers=False, find_unused_parameters=unused)}
+    strategy = DDPStrategy(forward_sync_buffers=False, find_unused_parameters=unused)
+    return {"strategy": strategy, "plugins": launched}
 
 
 def whole_tensors(parameters: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:

@@ -1,0 +1,75 @@
+"""Who starts a run's processes: Lightning, torchrun, Slurm's srun, or DeepSpeed's launcher (docs/multi_node.md)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from pytorch_lightning.plugins.environments import LightningEnvironment
+
+from rwkv_peft.errors import ConfigError
+
+
+class DeepSpeedEnvironment(LightningEnvironment):
+    """What the program `deepspeed` sets. Lightning knows all of it but the machine's number."""
+
+    @staticmethod
+    def detect() -> bool:
+        return "CROSS_RANK" in os.environ and "LOCAL_RANK" in os.environ
+
+    def node_rank(self) -> int:
+        return int(os.environ["CROSS_RANK"])
+
+
+def check_launch(devices: int, num_nodes: int, environment: Mapping[str, str]) -> None:
+    """Compare the flags with what a launcher says of itself, before processes wait for others that never come.
+
+    Args:
+        devices: processes of each machine, by the flags.
+        num_nodes: machines, by the flags.
+        environment: as the launcher left it.
+    Raises:
+        ConfigError: they differ, or several machines are asked for and nobody starts the others.
+    """
+    name, total, each = _launched(environment)
+    if not name:
+        if num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= set(environment):
+            raise ConfigError(
+                "num_nodes",
+                found=f"{num_nodes} without a launcher",
+                expected="torchrun, srun or deepspeed to start the processes of every machine",
+                hint="docs/multi_node.md shows each.",
+            )
+        return
+    if each is not None and each != devices:
+        found = f"{devices}, where {name} started {each} on this machine"
+        raise ConfigError("devices", found=found, expected=each)
+    if total != devices * num_nodes:
+        found = f"{num_nodes} with --devices {devices}, where {name} started {total} processes in all"
+        fits = total % devices == 0
+        expected = total // devices if fits else "processes = machines x devices"
+        raise ConfigError("num_nodes", found=found, expected=expected)
+
+
+def _launched(environment: Mapping[str, str]) -> tuple[str, int, int | None]:
+    """The launcher, its processes in all, and on this machine where it tells; ("", 1, None) without one."""
+    in_a_shell = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")  # as Lightning tells srun from it
+    within = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & set(environment)
+    if "SLURM_NTASKS" in environment and not in_a_shell and not within:
+        return "srun", int(environment["SLURM_NTASKS"]), _slurm_tasks_per_node(environment)
+    if "WORLD_SIZE" not in environment or "RANK" not in environment:
+        return "", 1, None
+    each = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")
+    name = "torchrun" if "TORCHELASTIC_RUN_ID" in environment else "the launcher"
+    return name, int(environment["WORLD_SIZE"]), int(each) if each else None
+
+
+def _slurm_tasks_per_node(environment: Mapping[str, str]) -> int | None:
+    each = environment.get("SLURM_NTASKS_PER_NODE")
+    if each is None and int(environment["SLURM_NTASKS"]) > 1:
+        raise ConfigError(
+            "devices",
+            what="srun does not say how many tasks each machine has",
+            expected="#SBATCH --ntasks-per-node, in place of --ntasks",
+        )
+    return int(each) if each else None
