@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-gpu lint bench cuda-check clean
+.PHONY: demo test test-slow test-gpu lint bench cuda-check clean
 
 demo: .venv/.runtime
 	$(BIN)/python demo/run.py
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2
+
+# With what `make test` does a part of only: all kills of tests/training/test_kills.py.
+test-slow: .venv/.dev
+	$(BIN)/python -m pytest -n 2 --all-kills
 
 # What needs a CUDA device; skips itself, with a reason, where there is none.
 test-gpu: .venv/.dev

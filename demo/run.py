@@ -65,7 +65,8 @@ def draw_losses(before: float, after: float) -> None:
         (axes[0], "Base: Python's library and documentation", OUT / "pretrain"),
         (axes[1], "Bone r=64: math word problems", BONE),
     ):
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [line for line in lines if "loss" in line]  # validations have a val_loss
         axis.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=1, label="training")
         axis.set(title=title, xlabel="optimizer step", ylabel="loss (nats per token)")
         axis.grid(alpha=0.3)

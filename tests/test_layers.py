@@ -19,7 +19,7 @@ LEVELS = [
     {"training", "inference", "evaluation"},
 ]
 """Lowest first. Parts of one level do not import each other, except as SIDEWAYS says."""
-SIDEWAYS: set[tuple[str, str]] = set()
+SIDEWAYS: set[tuple[str, str]] = {("training", "evaluation"), ("training", "inference")}
 HEAVY_ONLY_IN = {"pytorch_lightning": {"training", "data/datamodule.py"}, "deepspeed": {"training"}}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rwkv_peft.config import PUBLIC_SHAPES, ModelConfig, PeftConfig
 from rwkv_peft.errors import UserError, exit_with_message
 from rwkv_peft.model.rwkv6 import Block
-from rwkv_peft.model.state import zero_state
+from rwkv_peft.model.state import first_state
 from rwkv_peft.ops import mix, mix_reference
 from rwkv_peft.ops.cross_entropy import linear_cross_entropy
 from rwkv_peft.ops.reference import masked_cross_entropy
@@ -64,7 +64,7 @@ def block_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[st
     """Forward and backward of one block with an adapter on all eight linear layers."""
     torch.manual_seed(0)
     x = torch.randn(1, tokens, config.n_embd).to(dtype).requires_grad_()
-    grad, state = torch.randn_like(x), zero_state(config, 1, x.device, dtype)[0]
+    grad, state = torch.randn_like(x), first_state(config, 1, x.device, dtype)[0]
 
     def case(method: str, options: dict) -> Callable[[], None]:
         block = Block(config, layer=1)

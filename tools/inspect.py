@@ -1,4 +1,5 @@
-"""Look into a binidx pair: counts and lengths, documents with their loss mask, damage, and the batches of a run."""
+"""Look into a binidx pair, or JSON as a run reads it: counts and lengths, documents with their loss mask, damage, and
+the batches of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ of train.py; with them, --batches shows what that run sees first."""
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="tools/inspect.py", description=__doc__, epilog=EPILOG, allow_abbrev=False)
-    parser.add_argument("prefix", metavar="PREFIX", help="The pair: PREFIX.bin, PREFIX.idx.")
+    parser.add_argument("prefix", metavar="PREFIX", help="The pair: PREFIX.bin, PREFIX.idx; or JSON.")
     parser.add_argument("--documents", nargs="+", default=[], metavar="N", help="Show these, such as: 0 5-7.")
     parser.add_argument("--batches", type=int, default=0, metavar="N", help="Show the first batches of a run.")
     parser.add_argument("--check", action="store_true", help="Read everything and check it for damage.")
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--boundaries", action="store_true", help="Show where tokens begin and end.")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="[auto]")
     parser.add_argument("--debug", action="store_true", help="Show tracebacks.")
-    add_section(parser, DataConfig, leave_out=("data_file", "data_type"))
+    add_section(parser, DataConfig, leave_out=("data_file", "tokenizer", "val_data_file"))
     return parser
 
 
@@ -53,13 +54,16 @@ def report(args: argparse.Namespace) -> Iterator[str]:
     """What the flags ask for, a part at a time; a mistake in them comes before the first part."""
     from rwkv_peft.data import inspection
     from rwkv_peft.data.binidx import BinidxReader
+    from rwkv_peft.data.held_out import training_part
+    from rwkv_peft.data.json_pairs import pairs_of
     from rwkv_peft.data.sampling import Samples
     from rwkv_peft.data.token_view import TokenView
 
     config = data_config(args)
-    reader = BinidxReader(args.prefix)
+    reader = BinidxReader(pairs_of(config)[0][0])
     documents = inspection.parse_documents(args.documents, len(reader))
-    vocabulary = inspection.find_vocabulary(reader, args.tokenizer)
+    tokenizer = args.tokenizer if config.data_type == "binidx" else config.tokenizer
+    vocabulary = inspection.find_vocabulary(reader, tokenizer)
     vocab_size = args.vocab_size or vocabulary.size
     view = TokenView(vocabulary.tokenizer, color=colored(args.color), boundaries=args.boundaries)
     if args.full:
@@ -70,7 +74,8 @@ def report(args: argparse.Namespace) -> Iterator[str]:
     for number in documents:
         yield "\n" + inspection.show_document(reader, number, view)
     if args.batches:
-        samples = Samples(reader, config, vocab_size or inspection.ANY_ID)
+        trains = training_part(reader, config.val_fraction) if config.val_fraction else reader
+        samples = Samples(trains, config, vocab_size or inspection.ANY_ID)
         for batch, row, sample in inspection.batches(samples, config, args.batches):
             yield "\n" + inspection.show_row(batch, row, sample, view)
         if args.batches > config.epoch_steps > 0:
@@ -82,7 +87,13 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     for name, least in (("batches", 0), ("vocab_size", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ConfigError(name, found=value, expected=f"an integer of at least {least}")
+    from rwkv_peft.data.sources import is_text_data
+
     given = {spec.name: getattr(args, spec.name) for spec in fields(DataConfig) if hasattr(args, spec.name)}
+    if given["tokenizer"] is None:
+        del given["tokenizer"]
+    if is_text_data(args.prefix):
+        given.setdefault("data_type", "jsonl")
     config = DataConfig(data_file=args.prefix, **given)
     if args.batches and config.random_seed < 0:
         hint = "A run writes the one it drew into its config.yaml."

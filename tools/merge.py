@@ -16,7 +16,11 @@ from rwkv_peft.errors import UserError, exit_with_message
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/merge.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--base_model", required=True, help="The .pth the adapter was trained on.")
-    parser.add_argument("--adapter", required=True, help="rwkv-N.safetensors of a run, or a .pth of RWKV-PEFT.")
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        help="rwkv-N.safetensors of a run, rwkv-N.pth of a tuned state, or a .pth of RWKV-PEFT.",
+    )
     parser.add_argument("--output", required=True, help="The .pth to write.")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="Store in this dtype [the base's].")
     parser.add_argument(
@@ -37,13 +41,18 @@ def main(argv: Sequence[str]) -> None:
 
     from rwkv_peft.cli import parse_options
     from rwkv_peft.config import PeftConfig
-    from rwkv_peft.inference.merge import merge
+    from rwkv_peft.inference.merge import is_tuned_state, merge, merge_state
 
-    if args.adapter.endswith(".pth") != (args.peft is not None):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
+    is_pth = args.adapter.endswith(".pth")
+    if is_pth and is_tuned_state(args.adapter):
+        print(merge_state(args.base_model, args.adapter, args.output, dtype))
+        print(f"wrote {args.output}")
+        return
+    if is_pth != (args.peft is not None):
         raise UserError("--peft", "belongs to a .pth adapter, and only to one", hint="A .safetensors says what it is.")
     options = parse_options("peft_config", args.peft_config)
     says = PeftConfig(peft=args.peft, peft_config=options) if args.peft else None
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
     print(merge(args.base_model, args.adapter, args.output, dtype, onto=args.onto, says=says))
     print(f"wrote {args.output}")
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint import fingerprint, load_base, shape_of
+from rwkv_peft.checkpoint import fingerprint, load_base, shape_of, time_states
 from rwkv_peft.config import PeftConfig
 from rwkv_peft.errors import CheckpointError, ConfigError
-from rwkv_peft.model.init import model_from_state
+from rwkv_peft.model.init import add_time_state, model_from_state
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.peft.adapter_io import (
     AdapterInfo,
@@ -51,6 +51,21 @@ class Start:
     """Identity of its data's tokenizer, where it knows."""
 
 
+def make_trainable(
+    model: RWKV6,
+    peft: PeftConfig,
+    train_type: str,
+    *,
+    start: Start | None = None,
+    gradients: Mapping[str, Tensor] | None = None,
+) -> list[str]:
+    """Add what `--train_type` and `--peft` train, and mark it, in place; the names of layers with an adapter."""
+    if train_type == "state":
+        tune_state(model, peft)
+        return []
+    return add_adapter(model, peft, start=start, gradients=gradients)
+
+
 def add_adapter(
     model: RWKV6, peft: PeftConfig, *, start: Start | None = None, gradients: Mapping[str, Tensor] | None = None
 ) -> list[str]:
@@ -70,6 +85,17 @@ def add_adapter(
         derive_bases(model)
     quantise_base(model, peft.quant)
     return targets
+
+
+def tune_state(model: RWKV6, peft: PeftConfig) -> None:
+    """Let the state that texts begin with train, from zeros or from the base's own, and freeze the rest; in place.
+
+    Args:
+        peft: the dtype of what trains, and how the base is held.
+    """
+    add_time_state(model)
+    train_only(model, time_states(dict(model.named_parameters())).keys(), STORED[peft.adapter_dtype])
+    quantise_base(model, peft.quant)
 
 
 def warm_start(peft: PeftConfig, base_fingerprint: Mapping[str, Any], base: str) -> Start:

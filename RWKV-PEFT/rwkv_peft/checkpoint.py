@@ -150,7 +150,14 @@ def _generation(state: Mapping[str, Tensor]) -> str:
         return "RWKV-5" if has(".att.ln_x.weight") else "RWKV-4"
     if has(".bone") or has(".disha") or has(".lora_A"):
         return "an adapter without its base"
+    if has(".att.time_state"):
+        return "a tuned state without its base (tools/merge.py puts both together)"
     return f"no RWKV (first keys: {', '.join(list(state)[:3])})"
+
+
+def time_states(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a model's tensors state tuning trains: `blocks.N.att.time_state`, (H, N, N), [value][key]."""
+    return {key: tensor for key, tensor in state.items() if key.endswith(".att.time_state")}
 
 
 def check_keys(
@@ -189,7 +196,8 @@ def fingerprint(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _samples(tensor: Tensor) -> list[float]:
     flat = tensor.detach().reshape(-1)
-    where = torch.linspace(0, flat.numel() - 1, min(SAMPLES_PER_TENSOR, flat.numel())).long()
+    count = min(SAMPLES_PER_TENSOR, flat.numel())
+    where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()  # fp32 would go past the end
     return flat[where].double().tolist()
 
 
@@ -233,11 +241,14 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
-        temporary.chmod(0o666 & ~_umask())  # some writers make private files
+        temporary.chmod(mode)  # some writers make private files
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # writers have their own ways to report a full disk
         raise CheckpointError(str(path), f"cannot be written ({_first_line(error)})") from error
     finally:
@@ -245,10 +256,15 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _sync_folder(folder: Path) -> None:
+    """Flush the folder itself, in which the new name is; Windows has no such thing."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import itertools
 import json
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -34,21 +34,19 @@ OPTION_FLAGS = {
 }
 """Flags that set one option of a method: method, option, kind, help."""
 
-ONE_VALUE_FLAGS = {"my_testing": "x060", "rwkv_version": "x060", "train_type": "none"}
+ONE_VALUE_FLAGS = {"my_testing": "x060", "rwkv_version": "x060", "sft_split": "train"}
 """Flags of RWKV-PEFT of which only this value exists here."""
 
 IGNORED_FLAGS = (
     "avg_loss compile data_shuffle dropout ds_bucket_mb fla head_qk head_size_divisor l2warp_sparse load_partial "
     "my_att_shift my_exit my_ffn_shift my_pile_edecay my_pile_shift my_pile_stage "
-    "my_pile_version my_pos_emb my_qa_mask my_random_steps my_sample_len op optim pre_ffn state_tune tiny_att_dim "
+    "my_pile_version my_pos_emb my_qa_mask my_random_steps my_sample_len op pre_ffn state_tune tiny_att_dim "
     "tiny_att_layer weight_decay_final"
 ).split()
 """Flags of RWKV-LM and RWKV-PEFT that mean nothing here; accepted with one warning."""
 
 NEUTRAL_VALUES = {"0", "0.0", "-1", "-1.0", "none", "false", ""}
-ONLY_NEUTRAL = (
-    "dropout head_qk load_partial my_qa_mask optim pre_ffn state_tune tiny_att_dim weight_decay_final"
-).split()
+ONLY_NEUTRAL = ("dropout head_qk load_partial my_qa_mask pre_ffn state_tune tiny_att_dim weight_decay_final").split()
 """Ignored flags that would change what is trained; any value but a neutral one is an error."""
 
 EPILOG = """With no --load_model, no --data_file and no shape flag, the demo's small base model and data serve
@@ -82,7 +80,7 @@ def parse_args(argv: Sequence[str]) -> dict[str, Any]:
     settings = read_yaml(Path(flags.pop("config"))) if "config" in flags else {}
     if flags.get("peft", settings.get("peft")) != settings.get("peft"):
         settings.pop("peft_config", None)  # the options of another method
-    settings = _set_single_options(settings | flags)
+    settings = _recognise_json(_set_single_options(settings | flags), flags)
     _announce_idle(flags, settings)
     return settings
 
@@ -120,7 +118,7 @@ def resolve(settings: Mapping[str, Any]) -> RunConfig:
     """`check`, with the shape filled in from the checkpoint or the data."""
     config = check(settings)
     if not config.data.data_file and not config.train.dry_run:
-        raise ConfigError("data_file", what="no data to train on", expected="the prefix of a binidx pair")
+        raise ConfigError("data_file", what="no data to train on", expected="a binidx pair, or JSON")
     return replace(config, model=_resolve_shape(config.model, config.train.load_model, config.data))
 
 
@@ -144,8 +142,9 @@ def _resolve_shape(asked: ModelConfig, load_model: str, data: DataConfig) -> Mod
 def _vocab_size_of_data(data: DataConfig) -> int:
     """The largest that a pair's sidecar names; 0 where none does."""
     from rwkv_peft.data.binidx import BinidxReader
+    from rwkv_peft.data.json_pairs import pairs_of
 
-    metas = [BinidxReader(path).meta for path, _ in data.sources]
+    metas = [BinidxReader(path).meta for path, _ in pairs_of(data)]
     return max((meta.vocab_size for meta in metas if meta), default=0)
 
 
@@ -198,10 +197,20 @@ def _add_flag(group: argparse._ArgumentGroup, spec: Field, kind: Any, text: str)
     elif kind is bool:
         options |= {"nargs": "?", "const": True, "type": converter(bool)}
     else:
-        options |= {"type": converter(kind)}
+        options |= {"type": _respelled(converter(kind), spec.metadata.get("spellings", {}))}
         if typing.get_origin(kind) is Literal:
             options |= {"choices": typing.get_args(kind), "metavar": None}
     group.add_argument(*names, **options)
+
+
+def _respelled(convert: Callable[[str], Any], spellings: Mapping[str, str]) -> Callable[[str], Any]:
+    """A converter that knows RWKV-PEFT's words for some values, too."""
+
+    def respelled(text: str) -> Any:
+        return convert(spellings.get(text, text))
+
+    respelled.__name__ = getattr(convert, "__name__", "value")  # argparse shows it
+    return respelled
 
 
 class _WordsAction(argparse.Action):
@@ -292,15 +301,34 @@ def _set_single_options(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def _recognise_json(settings: dict[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """`--data_file chat.jsonl` without --data_type can only be meant one way."""
+    from rwkv_peft.data.sources import is_text_data
+
+    if "data_type" in flags or settings.get("data_type", "binidx") != "binidx":
+        return settings
+    paths = [path for path, _ in DataConfig(data_file=flags.get("data_file", ())).sources]
+    if not paths or not all(map(is_text_data, paths)):
+        return settings
+    sys.stderr.write(f"note: --data_file {' '.join(flags['data_file'])} is read as --data_type jsonl\n")
+    return settings | {"data_type": "jsonl"}
+
+
 def _announce_idle(flags: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Warn of flags about the data that the chosen --dataload or --loss_mask does not read."""
+    """Warn of flags that the chosen --dataload, --loss_mask, --train_type or --lr_schedule does not read."""
     dataload, loss_mask = settings.get("dataload", "get"), settings.get("loss_mask", "auto")
+    train_type = settings.get("train_type", "none")
     windows = dataload in ("get", "walk")
+    tokens = settings.get("data_type", "binidx") == "binidx"
     for name, idle, chosen in (
         ("long", windows, f"--dataload {dataload}"),
         ("magic_prime", not windows, f"--dataload {dataload}"),
         ("my_exit_tokens", not windows, f"--dataload {dataload}"),
         ("mask_id", loss_mask != "se", f"--loss_mask {loss_mask}"),
+        *((name, tokens, "--data_type binidx") for name in ("tokenizer", "text_key", "fields", "template")),
+        ("chunk_ctx", train_type != "infctx", f"--train_type {train_type}"),
+        ("infctx_bptt", train_type != "infctx", f"--train_type {train_type}"),
+        ("lr_final", settings.get("lr_schedule") == "constant", "--lr_schedule constant"),
     ):
         if flags.get(name) and idle:
             sys.stderr.write(f"note: --{name} has no effect with {chosen}\n")

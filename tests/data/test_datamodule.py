@@ -27,9 +27,15 @@ def make_module(prefix: str, **settings) -> BinidxDataModule:
     return BinidxDataModule(config, vocab_size=100)
 
 
-def batches_of_rank(prefix: str, rank: int, world_size: int, **settings) -> list[dict[str, torch.Tensor]]:
+def batches_of_rank(
+    prefix: str, rank: int, world_size: int, *, begin: tuple[int, int] = (0, 0), epoch: int = 0, **settings
+) -> list[dict[str, torch.Tensor]]:
+    """Of the trainer's epoch `epoch`, in a run that begins at (epoch, batch)."""
     module = make_module(prefix, **settings)
-    module.trainer = SimpleNamespace(world_size=world_size, global_rank=rank, accumulate_grad_batches=1)
+    module.begin_at(*begin)
+    module.trainer = SimpleNamespace(
+        world_size=world_size, global_rank=rank, accumulate_grad_batches=1, current_epoch=epoch
+    )
     module.setup("fit")
     return list(module.train_dataloader())
 
@@ -40,7 +46,9 @@ def test_batches_have_the_promised_shapes(prefix):
         "input_ids": ((4, 6), torch.int64),
         "targets": ((4, 6), torch.int64),
         "loss_mask": ((4, 6), torch.bool),
+        "sample": ((4, 2), torch.int64),
     }
+    assert batch["sample"].tolist() == [[0, index] for index in range(4)]
 
 
 @pytest.mark.parametrize("dataload", ["get", "walk", "pad", "pack"])
@@ -95,6 +103,25 @@ def test_the_walk_goes_on_over_epochs(prefix, settings):
     module = make_module(prefix, **settings)
     module.setup()
     assert module.plan(1).samples_per_pass == 5
+
+
+@pytest.mark.parametrize("dataload", ["get", "walk", "pad", "pack"])
+def test_a_run_may_begin_within_an_epoch(prefix, dataload):
+    """Then it sees what is left of that epoch, and the next ones whole."""
+    settings = {"dataload": dataload, "micro_bsz": 1, "epoch_steps": 5, "epoch_begin": 2}
+    whole = [batches_of_rank(prefix, 1, 2, epoch=epoch, **settings) for epoch in range(3)]
+    rest, after = (batches_of_rank(prefix, 1, 2, begin=(1, 3), epoch=epoch, **settings) for epoch in (0, 1))
+    for found, expected in ((rest, whole[1][3:]), (after, whole[2])):
+        assert len(found) == len(expected) > 0
+        for a, b in zip(found, expected, strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in ("input_ids", "targets", "loss_mask"))
+
+
+def test_loaders_leave_the_random_numbers_of_the_run_alone(prefix):
+    """Else a run that goes on would drop other activations: it makes fewer loaders."""
+    before = torch.get_rng_state()
+    batches_of_rank(prefix, 0, 1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_several_pairs_in_one_run(write_pair):

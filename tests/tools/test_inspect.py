@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -93,9 +94,22 @@ def test_damage_is_one_line_that_names_the_file(chat):
 
 def test_it_has_the_data_flags_of_training(tmp_path):
     text = run_tool("--help", cwd=tmp_path).stdout
-    wanted = {spec.name for spec in fields(DataConfig)} - {"data_file", "data_type"}
+    wanted = {spec.name for spec in fields(DataConfig)} - {"data_file", "val_data_file"}
     assert wanted
     assert [name for name in wanted if f"--{name} " not in text] == []
+
+
+def test_batches_leave_out_what_the_run_holds_out(tmp_path):
+    (tmp_path / "many.jsonl").write_text("".join(json.dumps({"text": f"({i})"}) + "\n" for i in range(100)))
+    words = ("--input", "many.jsonl", "--output_prefix", "many", "--tokenizer", "bytes")
+    assert run_tool(*words, cwd=tmp_path, tool=ROOT / "tools" / "json2binidx.py").returncode == 0
+    flags = "--batches 1 --micro_bsz 100 --dataload pad --ctx_len 8".split()
+    whole, part = (
+        set(re.findall(r"\d+\)<end>", run_tool("many", *flags, *more, cwd=tmp_path).stdout))
+        for more in ([], ["--val_fraction", "0.5"])
+    )
+    assert len(whole) == 100
+    assert 25 < len(part) < 75
 
 
 def test_the_standard_inspect_stays_what_it_is(tmp_path):

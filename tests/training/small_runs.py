@@ -27,7 +27,17 @@ def write_inputs(folder: Path, shape: ModelConfig = SHAPE) -> list[str]:
 
 
 def train(folder: Path, inputs: list[str], *more: str) -> list[dict]:
-    """Run and return the lines of metrics.jsonl."""
+    """Run and return the training steps in metrics.jsonl."""
     common = "--dataload pad --ctx_len 48 --micro_bsz 4 --epoch_steps 6 --lr_init 1e-3 --lr_final 1e-3".split()
     run(cli.resolve(cli.parse_args([*inputs, *common, "--proj_dir", str(folder), *more])))
+    return [row for row in metrics(folder) if "loss" in row]
+
+
+def validations(folder: Path) -> list[dict]:
+    """The validations in metrics.jsonl of a run's folder."""
+    return [row for row in metrics(folder) if "val_loss" in row]
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl of a run's folder."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

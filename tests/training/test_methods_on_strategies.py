@@ -57,10 +57,10 @@ def flags_of(folder: Path, out: str, *more: str) -> list[list[str]]:
 
 def results(folder: Path) -> list[Result]:
     """Of all runs below a folder."""
-    return [_result(folder / str(number)) for number in range(len(RUNS))]
+    return [result_of(folder / str(number)) for number in range(len(RUNS))]
 
 
-def _result(folder: Path) -> Result:
+def result_of(folder: Path) -> Result:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     (saved,) = folder.glob("rwkv-0.*")
     tensors = load_base(saved) if saved.suffix == ".pth" else read_adapter(saved)[0]

@@ -37,8 +37,10 @@ BONE = ["--peft", "bone", "--bone_config", '{"r":16}']
 def test_a_bone_run_leaves_an_adapter_metrics_and_config(inputs, tmp_path, capsys):
     rows = train(tmp_path / "run", inputs, *BONE, "--epoch_count", "3", "--epoch_save", "2", "--epoch_begin", "5")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "checkpoints",
         "config.yaml",
         "metrics.jsonl",
+        "report.html",
         "rwkv-6.safetensors",
         "rwkv-7.safetensors",
     ]
@@ -198,7 +200,7 @@ def test_a_part_under_an_adapter_cannot_train_beside_it(part, inputs, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(inputs, tmp_path):
-    with pytest.raises(UserError, match=r"training step \d+: loss .*not finite"):
+    with pytest.raises(UserError, match=r"training step 6: 5 steps in a row .*not finite"):
         train(tmp_path / "run", inputs, "--lr_init", "1e30", "--lr_final", "1e30", "--grad_clip", "0")
     assert not list((tmp_path / "run").glob("rwkv-*"))
 
@@ -238,6 +240,7 @@ def test_a_stopped_run_saves_and_says_so(more, signal_, code, inputs, tmp_path):
     returncode, output = stop_a_run(signal_, tmp_path / "run", inputs, *more)
     assert returncode == code, output
     assert "stopped by a signal after step" in output
+    assert "stopped by a signal, 20" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     tensors, info = read_adapter(tmp_path / "run" / "rwkv-stopped.safetensors")
     assert set(tensors) == {f"{name}.bone" for name in info.targets}
     assert all(tensor.shape[1:] == (16, 16) and tensor.abs().max() > 0 for tensor in tensors.values())

@@ -41,7 +41,7 @@ def first_lines(tmp_path, **settings) -> str:
     prefix = write_inputs(tmp_path)[3]
     config = RunConfig(model=SHAPE, data=DataConfig(data_file=prefix, ctx_len=48, **settings))
     plan = make_plan(Samples(BinidxReader(prefix), config.data, SHAPE.vocab_size), config.data, world_size=1)
-    return banner(config, model_on_meta(ModelConfig(**vars(SHAPE)), dtype=None), plan, None)
+    return banner(config, model_on_meta(ModelConfig(**vars(SHAPE)), dtype=None), plan, None, None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from rwkv_peft.training.strategy import build_strategy
 
 def test_one_device_needs_no_process_group():
     train = TrainConfig(accelerator="cpu")
-    assert build_strategy(train) == {"strategy": "auto"}
+    assert build_strategy(train) == {"strategy": "auto", "plugins": []}
 
 
 @pytest.mark.parametrize("unused", [False, True])

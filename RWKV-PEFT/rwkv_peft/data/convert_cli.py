@@ -36,6 +36,9 @@ the document when an answer comes last; without these marks, everything does:
   A:{{ answer_begin }} {{ record.solution }}{{ answer_end }}
 """
 
+RAISE_AGAIN = 5.0
+"""Seconds for cleaning up after a signal."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -71,19 +74,16 @@ def main(argv: Sequence[str]) -> None:
     # Imported late: --help waits for nothing.
     from rwkv_peft.data.convert import Options, convert
     from rwkv_peft.data.records import Layout
-    from rwkv_peft.data.templates import Template
+    from rwkv_peft.data.templates import read_template
     from rwkv_peft.data.tokenizer import load_tokenizer
 
-    template = _read_template(args.template) if args.template else None
-    if template is not None:
-        Template(template, args.template)  # its mistakes show before anything is read
+    template = read_template(args.template) if args.template else None
     layout = Layout(args.text_key, tuple(args.fields) if args.fields else None, template)
     options = Options(val_fraction=args.val_fraction, workers=args.workers, on_error=args.on_error)
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         summary = convert(args.input, args.output_prefix, load_tokenizer(args.tokenizer), layout, options)
-    except KeyboardInterrupt:
-        _leave(128 + signal.SIGINT)
     except SystemExit as stop:
         _leave(stop.code)
     print(summary.report(args.ctx_len))
@@ -99,15 +99,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("workers", found=args.workers, expected="0 or more")
     if args.ctx_len < 1:
         raise ConfigError("ctx_len", found=args.ctx_len, expected="1 or more")
-    if args.text_key is not None and args.fields:
-        raise ConfigError("text_key", what="excludes --fields", hint="Give one of the two.")
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("template", what="cannot be read", found=error, expected="a UTF-8 text file") from error
 
 
 def _leave(code: int) -> NoReturn:
@@ -118,6 +109,9 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM cleans up as Ctrl-C does."""
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Clean up and leave. Python drops what is raised within some callbacks of its own: it is raised again then."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.signal(signal.SIGALRM, lambda *_: _stop(number, None))
+        signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN)
     raise SystemExit(128 + number)

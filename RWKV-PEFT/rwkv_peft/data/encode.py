@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 import numpy as np
 
+from rwkv_peft.data.held_out import HoldOut
 from rwkv_peft.data.records import Layout, Segment, check_characters, decode, parse
 from rwkv_peft.data.sources import Chunk
 from rwkv_peft.data.tokenizer import Tokenizer, load_tokenizer
@@ -61,7 +61,7 @@ class ChunkEncoder:
     def __init__(self, tokenizer: Tokenizer, layout: Layout, val_fraction: float) -> None:
         self._tokenizer, self._layout = tokenizer, layout
         self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<i4")
-        self._val_below = int(val_fraction * 2**64)
+        self._hold_out = HoldOut(val_fraction)
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         train, val = _Documents(self._tokenizer, self._dtype), _Documents(self._tokenizer, self._dtype)
@@ -72,12 +72,11 @@ class ChunkEncoder:
             except BadRecord as problem:
                 rejects.append(Reject(number + problem.lines_down, problem, raw))
                 continue
-            (val if self._val_below and self._is_val(segments) else train).add(segments, ended=chunk.last)
+            (val if self._hold_out and self._is_val(segments) else train).add(segments, ended=chunk.last)
         return EncodedChunk(train.encoded(), val.encoded(), rejects)
 
     def _is_val(self, segments: Iterable[Segment]) -> bool:
-        text = "".join(text for text, _ in segments).encode("utf-8")
-        return int.from_bytes(blake2b(text, digest_size=8).digest(), "big") < self._val_below
+        return self._hold_out("".join(text for text, _ in segments).encode("utf-8"))
 
 
 def _text_segments(raw: bytes, chunk: Chunk) -> list[Segment]:

@@ -8,8 +8,10 @@ import numpy as np
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxReader
+from rwkv_peft.data.held_out import training_part
+from rwkv_peft.data.json_pairs import pairs_of
 from rwkv_peft.data.order import philox
-from rwkv_peft.data.sampling import Part, Samples, Source
+from rwkv_peft.data.sampling import Part, Samples, Source, check_ids
 from rwkv_peft.data.tokenizer import same_tokenizer
 from rwkv_peft.errors import DataError
 
@@ -18,14 +20,19 @@ RESOLUTION = 1000
 
 
 def open_source(config: DataConfig, vocab_size: int) -> Source:
-    """The samples of `config.data_file`, one pair or several.
+    """The samples of `config.data_file`, one pair or several, without what --val_fraction holds out. JSON becomes pairs
+    first (`json_pairs.py`).
 
     Raises:
         DataError: a pair is missing, damaged, or does not fit; two were made with different tokenizers.
         ConfigError: as `Samples` has it.
     """
-    readers = [BinidxReader(path) for path, _ in config.sources]
+    readers = [BinidxReader(path) for path, _ in pairs_of(config)]
     _check_one_tokenizer(readers)
+    if config.val_fraction:
+        for reader in readers:
+            check_ids(reader, 0, len(reader.tokens), vocab_size)  # while documents have their numbers in the file
+        readers = [training_part(reader, config.val_fraction) for reader in readers]
     samples = [Samples(reader, config, vocab_size, number) for number, reader in enumerate(readers)]
     if len(samples) == 1:
         return samples[0]

@@ -111,6 +111,22 @@ class PrimeWalk:
         return [(start, min(start + self._ctx_len + 1, self._tokens))]
 
 
+class Windows:
+    """Windows side by side in their order, the last one padded: every token but the first is a target once."""
+
+    truncated = 0
+
+    def __init__(self, tokens: int, ctx_len: int) -> None:
+        self._tokens, self._ctx_len = tokens, ctx_len
+        self.targets = max(tokens - 1, 0)
+        self.samples_per_pass = max(-(-self.targets // ctx_len), 1)
+        self.padding = 1 - self.targets / (self.samples_per_pass * ctx_len)
+
+    def spans(self, seed: int, epoch: int, index: int) -> list[Span]:
+        start = index % self.samples_per_pass * self._ctx_len
+        return [(start, min(start + self._ctx_len + 1, self._tokens))]
+
+
 class Pieces:
     """Documents as they fit rows: cut at T + 1 tokens (`--long truncate`), or in as many pieces as it takes (`split`).
 

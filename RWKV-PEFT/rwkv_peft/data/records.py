@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 
 from rwkv_peft.data.templates import Template
-from rwkv_peft.errors import BadRecord
+from rwkv_peft.errors import BadRecord, ConfigError
 
 Segment = tuple[str, bool]
 """Text, and whether predicting it trains."""
@@ -66,6 +66,10 @@ class Layout:
     template: str | None = None
     """Source of a Jinja2 template; see templates.py."""
     template_name: str = field(default="--template", compare=False)
+
+    def __post_init__(self) -> None:
+        if self.text_key is not None and self.fields:
+            raise ConfigError("text_key", what="excludes --fields", hint="Give one of the two.")
 
     def segments(self, record: Any) -> list[Segment]:
         """The document of a record, none of its segments empty.

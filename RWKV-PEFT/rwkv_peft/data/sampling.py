@@ -34,6 +34,7 @@ class Samples:
         config: which rows, how long, and what trains in them. `data_file` is not read.
         vocab_size: any id must be below.
         source: number of the pair among several; each goes in an order of its own.
+        picker: which rows, in place of --dataload's.
     Raises:
         DataError: no document (for `get` and `walk`: no stream) has two tokens, or a token id lies beyond the
             vocabulary. Ids are all checked here when there are at most `CHECK_ALL_UP_TO`, and those of a sample each
@@ -41,9 +42,16 @@ class Samples:
         ConfigError: --magic_prime or --my_exit_tokens is another than the data's.
     """
 
-    def __init__(self, reader: BinidxReader, config: DataConfig, vocab_size: int, source: int = 0) -> None:
+    def __init__(
+        self,
+        reader: BinidxReader,
+        config: DataConfig,
+        vocab_size: int,
+        source: int = 0,
+        picker: RowPicker | None = None,
+    ) -> None:
         self.reader = reader
-        self.picker: RowPicker = make_picker(reader, config, source)
+        self.picker: RowPicker = picker or make_picker(reader, config, source)
         self._dataload, self._ctx_len = config.dataload, config.ctx_len
         self._vocab_size = vocab_size
         if self.picker.targets == 0:

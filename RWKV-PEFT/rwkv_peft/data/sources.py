@@ -102,6 +102,16 @@ def _has_known_name(path: Path) -> bool:
     )
 
 
+def is_text_data(path: str) -> bool:
+    """Whether `path` is a file that the converter reads by its name, and not the prefix of a binidx pair."""
+    return Path(path).is_file() and _has_known_name(Path(path)) and not Path(path + ".idx").exists()
+
+
+def reading_hint(path: str) -> str:
+    """What of a file's name decides how it is read: its ending, without that of a compression."""
+    return Path(_plain_name(path.lower())).suffix
+
+
 def _plain_name(name: str) -> str:
     for suffix in COMPRESSIONS:
         name = name.removesuffix(suffix)

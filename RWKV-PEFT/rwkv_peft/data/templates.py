@@ -13,9 +13,24 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from rwkv_peft.errors import BadRecord, ConfigError
+
+
+def read_template(path: str) -> str:
+    """The source of a template; its mistakes show here, before any record is read.
+
+    Raises:
+        ConfigError: no such UTF-8 file, or as `Template` has it.
+    """
+    try:
+        source = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("template", what="cannot be read", found=error, expected="a UTF-8 text file") from error
+    Template(source, path)
+    return source
 
 
 class Template:

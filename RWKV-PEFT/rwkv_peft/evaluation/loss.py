@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxReader
-from rwkv_peft.data.sampling import Samples
+from rwkv_peft.data.validation_set import ValidationSet
 from rwkv_peft.model.rwkv6 import RWKV6
+
+
+def summed(mean: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy summed over a batch's trained tokens, in nats, and their number: (2,) float64.
+
+    Such pairs add up to the same mean whatever the batches and processes are.
+
+    Args:
+        mean: over the trained tokens, a scalar.
+        mask: which tokens these are.
+    """
+    count = mask.sum().double()
+    return torch.stack((mean.double() * count, count))
 
 
 @torch.no_grad()
@@ -22,18 +36,13 @@ def held_out_loss(model: RWKV6, data_file: str, *, ctx_len: int = 1024, batch: i
     Raises:
         DataError: the pair is missing, damaged, or has ids beyond the model's vocabulary.
     """
-    reader = BinidxReader(data_file)
     config = DataConfig(data_file=data_file, ctx_len=ctx_len, micro_bsz=batch, dataload="pad", loss_mask="pad")
-    samples = Samples(reader, config, model.config.vocab_size)
-    device, total, count = model.emb.weight.device, 0.0, 0
-    for first in range(0, len(reader), batch):
-        rows = [samples.sample(0, 0, index) for index in range(first, min(first + batch, len(reader)))]
-        ids, targets, mask = (
-            torch.stack([torch.from_numpy(row[key]) for row in rows]).to(device)
-            for key in ("input_ids", "targets", "loss_mask")
-        )
-        trained = int(mask.sum())
+    held_out = ValidationSet([BinidxReader(data_file)], config, model.config.vocab_size)
+    device = model.emb.weight.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for rows in held_out.batches():
+        ids, targets, mask = (rows[key].to(device) for key in ("input_ids", "targets", "loss_mask"))
         hidden, _ = model.hidden(ids)
-        total += float(model.loss(hidden, targets, mask)) * trained
-        count += trained
+        sums += summed(model.loss(hidden, targets, mask), mask)
+    total, count = sums.tolist()
     return total / count

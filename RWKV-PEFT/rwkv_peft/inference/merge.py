@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.assembly import Loaded, load_plain, load_with_adapter
-from rwkv_peft.checkpoint import save_base
+from rwkv_peft.checkpoint import check_keys, load_base, save_base, shape_of, time_states
 from rwkv_peft.config import PeftConfig
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.peft.injection import peft_layers
@@ -75,9 +75,7 @@ def merge(
         CheckpointError: see assembly.load_with_adapter; or the output would overwrite the base, the method cannot be
             merged, or the base was not quantised.
     """
-    for source, name in ((base_model, "base model"), (adapter, "adapter")):
-        if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
-            raise CheckpointError(str(output), f"would overwrite the {name}", hint="Choose another --output.")
+    _check_output(output, base_model, adapter)
     loaded = load_with_adapter(base_model, adapter, as_trained=onto == "quantised", says=says)
     _check_mergeable(loaded, adapter, onto)
     merged, sums = _merge_layers(loaded, dtype)
@@ -91,6 +89,52 @@ def merge(
         dtype=dtype or loaded.base["head.weight"].dtype,
         probe=None if loaded.info.quant == "none" else probe(base_model, adapter, output),
     )
+
+
+def is_tuned_state(path: str | Path) -> bool:
+    """Whether a `.pth` is what `--train_type state` saves: states that texts begin with, and nothing else.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    tensors = load_base(path)
+    return len(time_states(tensors)) == len(tensors)
+
+
+def merge_state(base_model: str | Path, state: str | Path, output: str | Path, dtype: torch.dtype | None = None) -> str:
+    """Write base + tuned state to `output`, as the `rwkv` package loads it; a state in the base is replaced.
+
+    Args:
+        base_model: `.pth` the state was trained on.
+        state: `.pth` of a run with `--train_type state`.
+        output: `.pth` to write, whole or not at all.
+        dtype: of the stored tensors; None keeps each tensor's own.
+    Returns:
+        What was done, in words.
+    Raises:
+        CheckpointError: a file is damaged, their shapes differ, or the output would overwrite one.
+    """
+    _check_output(output, base_model, state)
+    base, tuned = load_base(base_model), load_base(state)
+    shape = shape_of(base, base_model)
+    size = torch.Size((shape.n_head, shape.head_size, shape.head_size))
+    names = [f"blocks.{layer}.att.time_state" for layer in range(shape.n_layer)]
+    check_keys(dict.fromkeys(names, size), tuned, state, what=f"model's states ({base_model})")
+    merged: dict[str, Tensor] = {}
+    for key, tensor in base.items():
+        merged[key] = tensor
+        parent, _, child = key.rpartition(".")
+        if child == "time_faaaa":  # the state's place among a block's parameters
+            merged[f"{parent}.time_state"] = tuned[f"{parent}.time_state"]
+    merged |= tuned  # where the base had some, after time_faaaa
+    save_base({key: tensor.to(dtype or tensor.dtype) for key, tensor in merged.items()}, output)
+    return f"merged the states of {len(names)} layers, {size.numel() * len(names):,} numbers"
+
+
+def _check_output(output: str | Path, base_model: str | Path, adapter: str | Path) -> None:
+    for source, name in ((base_model, "base model"), (adapter, "adapter")):
+        if Path(output).exists() and Path(source).exists() and Path(output).samefile(source):
+            raise CheckpointError(str(output), f"would overwrite the {name}", hint="Choose another --output.")
 
 
 def _check_mergeable(loaded: Loaded, adapter: str | Path, onto: str) -> None:

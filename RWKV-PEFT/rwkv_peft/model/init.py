@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.checkpoint import check_keys
+from rwkv_peft.checkpoint import check_keys, time_states
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.model.rwkv6 import RWKV6, ChannelMix, TimeMix
 
@@ -34,11 +34,22 @@ def model_from_state(config: ModelConfig, state: Mapping[str, Tensor], path: str
         CheckpointError: names or shapes do not fit exactly.
     """
     model = model_on_meta(config, **options)
+    if time_states(state):
+        add_time_state(model)
     check_keys({name: tensor.shape for name, tensor in model.state_dict().items()}, state, path)
-    large, wide = _large_matrices(model), torch.promote_types(model.dtype, torch.float32)
+    large, wide = large_matrices(model), torch.promote_types(model.dtype, torch.float32)
     converted = {key: tensor.to(model.dtype if key in large else wide) for key, tensor in state.items()}
     model.load_state_dict(converted, strict=True, assign=True)
     return model
+
+
+def add_time_state(model: RWKV6) -> None:
+    """Give every block a WKV state that texts begin with, zeros in fp32, where it has none yet; in place."""
+    for block in model.blocks:
+        att = block.att
+        if att.time_state is None:
+            shape = (att.n_head, att.head_size, att.head_size)
+            att.time_state = nn.Parameter(torch.zeros(shape, dtype=torch.float32, device=att.time_faaaa.device))
 
 
 def model_from_scratch(config: ModelConfig, seed: int, **options) -> RWKV6:
@@ -54,7 +65,8 @@ def model_from_scratch(config: ModelConfig, seed: int, **options) -> RWKV6:
     return model
 
 
-def _large_matrices(model: RWKV6) -> set[str]:
+def large_matrices(model: RWKV6) -> set[str]:
+    """The names of the weights that `model_from_state` stores in the activations' dtype."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.config import ModelConfig
-from rwkv_peft.model.state import LayerState, ModelState, zero_state
+from rwkv_peft.model.state import LayerState, ModelState, first_state
 from rwkv_peft.ops.cross_entropy import head_cross_entropy, linear_cross_entropy
 from rwkv_peft.ops.mix import ddlerp, decay, gated_norm, relu_square, shift_lerp
 from rwkv_peft.ops.products import linear
@@ -60,6 +60,7 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.empty(c, config.time_decay_rank))
         self.time_decay_w2 = nn.Parameter(torch.empty(config.time_decay_rank, a))
         self.time_faaaa = nn.Parameter(torch.empty(config.n_head, config.head_size))
+        self.register_parameter("time_state", None)  # (H, N, N), [value][key]: what every text begins with
         self.receptance = Linear(c, a)
         self.key = Linear(c, a)
         self.value = Linear(c, a)
@@ -68,12 +69,16 @@ class TimeMix(nn.Module):
         self.ln_x = nn.GroupNorm(config.n_head, a, eps=LN_X_EPS)
 
     def forward(
-        self, x: Tensor, shift: Tensor, wkv_state: Tensor, starts: Tensor | None = None, in_place: bool = False
+        self, x: Tensor, shift: Tensor, wkv_state: Tensor | None, starts: Tensor | None = None, in_place: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C), shift (B, C), wkv_state (B, H, N, N), starts (B, T) -> (y (B, T, C), shift, wkv_state).
 
-        `in_place` (T = 1, no gradients) writes the new wkv_state over the old one.
+        Without a wkv_state a text begins, with the tuned state where there is one. `in_place` (T = 1, no gradients)
+        writes the new wkv_state over the old one.
         """
+        if wkv_state is None and self.time_state is not None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            wkv_state = self.time_state.to(wide).mT.expand(x.shape[0], -1, -1, -1)
         heads = (self.n_head, self.head_size)
         xw, xk, xv, xr, xg = self._mix(x, shift, starts)
         r = self.receptance(xr).unflatten(-1, heads)  # (B, T, H, N)
@@ -86,7 +91,7 @@ class TimeMix(nn.Module):
             y, wkv_state = wkv6(r, k, v, w, self.time_faaaa, wkv_state, starts=starts, backend=self.wkv_backend)
         norm = self.ln_x
         y = gated_norm(y.flatten(-2), self.gate(xg), norm.weight, norm.bias, norm.num_groups, norm.eps)  # (B, T, A)
-        return self.output(y), x[:, -1], wkv_state
+        return self.output(y), _last(x), wkv_state
 
     def _mix(self, x: Tensor, shift: Tensor, starts: Tensor | None) -> tuple[Tensor, ...]:
         """The inputs of decay, key, value, receptance and gate, each (B, T, C)."""
@@ -97,6 +102,11 @@ class TimeMix(nn.Module):
     def _decay(self, xw: Tensor) -> Tensor:
         """w of exp(-exp(w)), (B, T, A), in fp32 or wider."""
         return decay(xw, self.time_decay.flatten(), self.time_decay_w1, self.time_decay_w2)
+
+
+def _last(x: Tensor) -> Tensor:
+    """The last token's, (B, C), of x (B, T, C), in memory of its own: a state must not keep all of x alive."""
+    return x[:, -1].clone()
 
 
 class ChannelMix(nn.Module):
@@ -115,7 +125,7 @@ class ChannelMix(nn.Module):
         xk, xr = shift_lerp(x, shift, torch.cat((self.time_maa_k, self.time_maa_r)).flatten(1), starts)
         k = self.key(xk)  # (B, T, F)
         r = self.receptance(xr)  # (B, T, C)
-        return torch.sigmoid(r) * self.value(relu_square(k)), x[:, -1]
+        return torch.sigmoid(r) * self.value(relu_square(k)), _last(x)
 
 
 class Block(nn.Module):
@@ -199,13 +209,14 @@ class RWKV6(nn.Module):
                 before it, `state` included. The output before a start is not that of the text alone (`wkv6` has the
                 reason): leave it out of the loss, as its target is the first token of another text.
         Raises:
-            ValueError: starts does not fit ids, or the model has a prompt, which stands before one text only.
+            ValueError: starts does not fit ids, or the model has a prompt or a tuned state, which only the first of
+                several texts would begin with.
         """
         if starts is not None:
             self._check_starts(ids, starts)
         x, prompt_length = self.emb(ids).to(self.dtype), 0
         if state is None:
-            state = zero_state(self.config, ids.shape[0], x.device, x.dtype)
+            state = first_state(self.config, ids.shape[0], x.device, x.dtype)
             if self.prompt is not None:
                 prompt_length = self.prompt.shape[0]
                 x = torch.cat((self.prompt.to(x.dtype).expand(ids.shape[0], -1, -1), x), dim=1)  # (B, P + T, C)
@@ -224,6 +235,13 @@ class RWKV6(nn.Module):
             raise ValueError(f"starts must be bool {tuple(ids.shape)}; found {starts.dtype} {tuple(starts.shape)}")
         if self.prompt is not None:
             raise ValueError("a row of several texts cannot have the prompt before each: give each a row of its own")
+        if self.has_time_state:
+            raise ValueError("several texts in a row cannot each begin with the tuned state: give each its own row")
+
+    @property
+    def has_time_state(self) -> bool:
+        """Whether texts begin with a state that state tuning learned."""
+        return self.blocks[0].att.time_state is not None
 
     def loss(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         """Mean loss over the trained tokens, L2Wrap included: hidden (B, T, C), targets and mask (B, T) -> scalar."""

@@ -16,8 +16,8 @@ class LayerState:
 
     att_shift: Tensor
     """(B, C): the last input of time-mix."""
-    wkv: Tensor
-    """(B, H, N, N) fp32, indexed [key][value]."""
+    wkv: Tensor | None
+    """(B, H, N, N) fp32, indexed [key][value]. None before the first token: zeros, or what state tuning learned."""
     ffn_shift: Tensor
     """(B, C): the last input of channel-mix."""
 
@@ -26,9 +26,7 @@ ModelState = list[LayerState]
 """One LayerState per block."""
 
 
-def zero_state(config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> ModelState:
-    """The state before the first token. `dtype` is the activations'; wkv is fp32, or float64 with float64."""
+def first_state(config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> ModelState:
+    """The state before the first token. `dtype` is the activations'."""
     shift = torch.zeros(batch, config.n_embd, device=device, dtype=dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    wkv = torch.zeros(batch, config.n_head, config.head_size, config.head_size, device=device, dtype=wide)
-    return [LayerState(shift, wkv, shift) for _ in range(config.n_layer)]
+    return [LayerState(shift, None, shift) for _ in range(config.n_layer)]

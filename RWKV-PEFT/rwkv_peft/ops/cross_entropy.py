@@ -52,16 +52,26 @@ def head_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targets
     Args and returns as `linear_cross_entropy`, with head: (R, C) -> (R, V).
     """
     rows = mask.flatten().nonzero().squeeze(1)  # (R,)
-    hidden, targets = hidden.flatten(0, 1)[rows], targets.flatten()[rows]
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
     share = 1 / max(1, len(rows))
 
-    def part_loss(part: Tensor, part_targets: Tensor) -> Tensor:
+    def part_loss(part: Tensor, part_targets: Tensor, share: float) -> Tensor:
         return _RowsCrossEntropy.apply(head(part), part_targets, share)
 
     loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    for part, part_targets in zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True):
-        loss = loss + checkpoint(part_loss, part, part_targets, use_reentrant=False)
+    for part in _parts(rows, len(hidden)):
+        counts = share
+        if not len(part):
+            part, counts = torch.zeros_like(targets[:1]), 0.0
+        loss = loss + checkpoint(part_loss, hidden[part], targets[part], counts, use_reentrant=False)
     return loss
+
+
+def _parts(rows: Tensor, total: int) -> tuple[Tensor, ...]:
+    """The rows that train, by stretches of HEAD_ROWS of all rows: as many on every process, which call the head
+    together where ZeRO-3 has shared it out."""
+    edges = HEAD_ROWS * torch.arange(1, -(-total // HEAD_ROWS), device=rows.device)
+    return torch.tensor_split(rows, torch.searchsorted(rows, edges).cpu())
 
 
 class _RowsCrossEntropy(torch.autograd.Function):
@@ -70,15 +80,16 @@ class _RowsCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, share: float) -> Tensor:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-        loss, grad = _loss_and_gradient(wide, targets, share)
+        ctx.late = _late_share(share, logits.dtype)
+        loss, grad = _loss_and_gradient(wide, targets, share / ctx.late)
         ctx.save_for_backward(grad.to(logits.dtype))
-        return loss
+        return ctx.late * loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor, None, None]:
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss, None, None  # a scalar stays as wide as it is in a product
+        return _scaled(grad, ctx.late * grad_loss), None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -91,6 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         rows = mask.nonzero().squeeze(1)  # (R,)
         share = 1 / max(1, len(rows))
+        ctx.late = _late_share(share, hidden.dtype)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         wants_hidden, wants_weight = (wanted and grad_enabled for wanted in ctx.needs_input_grad[:2])
@@ -99,8 +111,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for part in rows.split(max(1, CHUNK_LOGITS // weight.shape[0])):
             x = hidden[part].to(dtype)  # (chunk, C)
             logits = times_transposed(x, weight).to(wide)  # (chunk, V)
-            part_loss, grad = _loss_and_gradient(logits, targets[part], share)
-            loss += part_loss
+            part_loss, grad = _loss_and_gradient(logits, targets[part], share / ctx.late)
+            loss += ctx.late * part_loss
             if wants_hidden:
                 grad_hidden[part] = times(grad.to(dtype), weight).to(hidden.dtype)
             if wants_weight:
@@ -114,11 +126,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @in_own_dtype
     def backward(ctx, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
+        grad_loss = ctx.late * grad_loss
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss  # a scalar stays as wide as it is in a product
+            grad_hidden = _scaled(grad_hidden, grad_loss)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _late_share(share: float, dtype: torch.dtype) -> float:
+    """The factor of a gradient that waits for the backward pass.
+
+    One row's share of a gradient is too small for fp16. The loss scale makes up for it, but comes in the backward pass.
+    """
+    return share if dtype == torch.float16 and share else 1.0
+
+
+def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
+    """grad x factor, a scalar that may be beyond fp16's numbers, in grad's dtype."""
+    if grad.dtype == torch.float16:
+        return (grad.float() * factor).half()
+    return grad * factor  # a scalar stays as wide as it is in a product
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from rwkv_peft.checkpoint import check_keys, load_base, same_base, save_base, wr
 from rwkv_peft.errors import CheckpointError
 from rwkv_peft.peft.injection import initial_factors
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
+from tqdm import tqdm
 
 from rwkv_peft.config import DataConfig, RunConfig
 from rwkv_peft.data.binidx import BinidxMeta
@@ -16,6 +19,7 @@ from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.ops.products import widens
 from rwkv_peft.ops.wkv6 import Choice
 from rwkv_peft.peft.injection import adapter_parameters
+from rwkv_peft.training.memory import Expected, WayOut, expect, free_bytes, ways_out
 from rwkv_peft.training.strategy import activation_dtype, device_type, devices_per_node
 
 
@@ -42,8 +46,15 @@ def millions(count: int) -> str:
     return f"{count / 1e6:.1f}M"
 
 
-def banner(config: RunConfig, model: RWKV6, plan: DataPlan | None, meta: BinidxMeta | None) -> str:
-    """Model, what trains, data, steps, where it goes; `plan` is None without data."""
+def banner(
+    config: RunConfig,
+    model: RWKV6,
+    plan: DataPlan | None,
+    meta: BinidxMeta | None,
+    expected: Expected | None,
+    validation: Sequence[str] = (),
+) -> str:
+    """Model, what trains, memory, data, lines about validation, steps, where it goes; `plan` is None without data."""
     shape = config.model
     adapters = adapter_parameters(model)
     base = sum(p.numel() for name, p in model.named_parameters() if name not in adapters)
@@ -53,9 +64,54 @@ def banner(config: RunConfig, model: RWKV6, plan: DataPlan | None, meta: BinidxM
         f"{millions(base)} parameters",
         trained_table(model),
     ]
+    if expected is not None:
+        lines += memory_lines(expected)
     if plan is not None:
         lines += _data_lines(config, plan, meta)
+    lines += validation
     return "\n".join([*lines, f"output  {config.train.proj_dir}"])
+
+
+def memory_lines(expected: Expected) -> list[str]:
+    """The expected peak on each device, and what it is made of."""
+    start = "" if expected.training >= expected.loading else ", while the base is read or made"
+    lines = [f"memory  about {gigabytes(expected.peak)} on each device at the peak{start}; in training:"]
+    process = f", program {gigabytes(expected.process)}" if expected.process else ""
+    lines.append(
+        f"        weights {gigabytes(expected.weights)}, optimizer {gigabytes(expected.optimizer)}, "
+        f"activations and gradients {gigabytes(expected.step)}{process}"
+    )
+    return lines
+
+
+def gigabytes(count: int) -> str:
+    """1234567890 -> 1.23 GB."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def announce_memory(config: RunConfig) -> Expected | None:
+    """The memory that the run will need; says so where that is more than is free, with the best ways out.
+
+    An estimate that fails must not stop a run that might not: it says why, and returns None.
+    """
+    try:
+        expected = expect(config)
+        device = device_type(config.train)
+        free, sharing = free_bytes(device), devices_per_node(config.train) if device == "cpu" else 1
+        if free is not None and sharing * expected.peak > free:
+            say(memory_warning(expected, free, sharing, ways_out(config, expected)))
+    except RuntimeError as error:  # what fake tensors raise where an operator has no form for them
+        say(f"note    memory could not be estimated: {str(error).strip().splitlines()[0]}")
+        return None
+    return expected
+
+
+def memory_warning(expected: Expected, free: int, sharing: int, ways: Sequence[WayOut]) -> str:
+    """One line; `sharing` processes share the free memory."""
+    each = f"{sharing} times " if sharing > 1 else ""
+    outs = ", ".join(f"{way.flags} ({gigabytes(way.peak)})" for way in ways)
+    hint = f" Ways out, with their peak: {outs}." if outs else ""
+    return f"warning: about {each}{gigabytes(expected.peak)} of memory needed, {gigabytes(free)} free.{hint}"
 
 
 def _data_lines(config: RunConfig, plan: DataPlan, meta: BinidxMeta | None) -> list[str]:
@@ -115,5 +171,6 @@ def device_line(config: RunConfig, wkv: Choice) -> str:
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line, on the main process only."""
-    print(text, flush=True)
+    """Print a line, on the main process only; a progress bar makes room for it."""
+    tqdm.write(text)
+    sys.stdout.flush()

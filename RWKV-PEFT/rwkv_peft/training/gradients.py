@@ -8,17 +8,22 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.model.rwkv6 import RWKV6
+from rwkv_peft.training.infctx import sliced_loss
 
 
-def mean_gradients(model: RWKV6, layers: Sequence[str], batches: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+def mean_gradients(
+    model: RWKV6, layers: Sequence[str], batches: Iterable[dict[str, Tensor]], chunk: int = 0
+) -> dict[str, Tensor]:
     """dL/dW of some layers' weights, by layer name, in fp32 on the CPU; L is the mean over the batches' trained tokens.
 
-    They are as large as the weights in fp32, all together; on the model's device there is one at a time.
+    They are as large as the weights in fp32, all together; on the model's device there is one at a time, unless
+    slices add up there.
 
     Args:
         model: left as it was found, without gradients.
         layers: qualified names.
         batches: as the data module makes them.
+        chunk: tokens of a slice, as for `sliced_loss`; the gradients are those of the whole rows.
     """
     sums: dict[str, Tensor] = {}
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -28,9 +33,8 @@ def mean_gradients(model: RWKV6, layers: Sequence[str], batches: Iterable[dict[s
     hooks = [weight.register_post_accumulate_grad_hook(_collector(sums, name)) for name, weight in weights.items()]
     tokens = 0
     for batch in batches:
-        hidden, _ = model.hidden(batch["input_ids"], starts=batch.get("starts"))
         count = int(batch["loss_mask"].sum())
-        (model.loss(hidden, batch["targets"], batch["loss_mask"]) * count).backward()
+        (sliced_loss(model, batch, chunk) * count).backward()
         tokens += count
     for hook in hooks:
         hook.remove()

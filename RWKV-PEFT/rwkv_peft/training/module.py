@@ -10,10 +10,14 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from rwkv_peft.config import OptimConfig
+from rwkv_peft.evaluation.loss import summed
 from rwkv_peft.model.rwkv6 import RWKV6
+from rwkv_peft.training.guard import StepGuard, clip_or_skip, guard_engine, keep_honest
+from rwkv_peft.training.infctx import sliced_loss
 from rwkv_peft.training.lisa import BlockDraw
 from rwkv_peft.training.normalisation import TokenMean
 from rwkv_peft.training.optim import build_optimizer
+from rwkv_peft.training.scaling import LossScaling
 from rwkv_peft.training.schedule import learning_rate
 
 
@@ -32,9 +36,11 @@ class TrainingModule(pl.LightningModule):
         self.model, self.optim, self.total_steps, self.draw = model, optim, total_steps, draw
         self.rate = 0.0
         """Learning rate of this step, before the groups' multipliers."""
-        self.grad_norm: float | None = None
-        """Global gradient norm of the last step, before clipping."""
+        self.guard = StepGuard(optim)
+        """Knows the last step's gradient norm, and whether it was skipped."""
         self.token_mean = TokenMean()
+        self.chunk, self.full_bptt = 0, True
+        """How rows are sliced: see `sliced_loss`."""
         self.first_step = 0
         """Optimizer steps that earlier processes made of this run."""
 
@@ -43,10 +49,13 @@ class TrainingModule(pl.LightningModule):
         """Optimizer steps done of the run; Lightning's count begins at 0 in each process."""
         return self.first_step + self.trainer.global_step
 
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """Summed loss and number of trained tokens, (2,) float64, for a validation."""
+        return summed(sliced_loss(self.model, batch, self.chunk), batch["loss_mask"])
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        hidden, _ = self.model.hidden(batch["input_ids"], starts=batch.get("starts"))
-        loss = self.model.loss(hidden, batch["targets"], batch["loss_mask"])
-        return loss * self.token_mean.weight(self.trainer, batch)
+        loss = sliced_loss(self.model, batch, self.chunk, self.full_bptt)
+        return keep_honest(loss * self.token_mean.weight(self.trainer, batch))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         offload = getattr(self.trainer.strategy, "offload", False)
@@ -61,14 +70,16 @@ class TrainingModule(pl.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.rate * group["lr_scale"] * group.get("active", 1)
 
+    def on_train_start(self) -> None:
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            guard_engine(self.trainer.strategy.deepspeed_engine.optimizer, self.guard)
+
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return  # the engine clips, by `gradient_clip_val`
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = gradient_clip_val or float("inf")
-        self.grad_norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
-
-    def optimizer_step(self, *args, **kwargs) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            self.grad_norm = self.trainer.strategy.deepspeed_engine.get_global_grad_norm()
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        scaling = self.trainer.precision_plugin
+        if isinstance(scaling, LossScaling):
+            scaling.clip_or_skip(self.guard, trained, gradient_clip_val or 0.0, optimizer, self.trainer.strategy)
+        else:
+            clip_or_skip(self.guard, trained, gradient_clip_val or 0.0)

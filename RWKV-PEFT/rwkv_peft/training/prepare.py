@@ -8,17 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from rwkv_peft.assembly import add_adapter, warm_start
+from rwkv_peft.assembly import Start, make_trainable, warm_start
 from rwkv_peft.checkpoint import fingerprint, load_base
-from rwkv_peft.config import RunConfig
+from rwkv_peft.config import RunConfig, refuse_pack
 from rwkv_peft.data.datamodule import BinidxDataModule
+from rwkv_peft.data.json_pairs import pairs_of
+from rwkv_peft.errors import ConfigError
 from rwkv_peft.model.init import model_from_scratch, model_from_state
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.peft.injection import targeted
 from rwkv_peft.peft.registry import method_of
 from rwkv_peft.training.banner import say
 from rwkv_peft.training.gradients import mean_gradients
-from rwkv_peft.training.strategy import activation_dtype
+from rwkv_peft.training.strategy import model_options
 
 
 @dataclass(frozen=True)
@@ -35,31 +37,43 @@ class Prepared:
     tokenizer: Mapping[str, str] | None
     """Identity that the data must have: the warm-start adapter's, where it knows."""
     new_base: Mapping[str, Tensor] | None
-    """The base, where it was made here: an adapter is worth nothing without it."""
+    """The base, where it was made here: an adapter or a tuned state is worth nothing without it."""
+    tunes_state: bool = False
+    """Whether only the state that texts begin with trains."""
 
 
-def prepare(config: RunConfig) -> Prepared:
-    """Load or make the base, inject, warm-start, mark what trains."""
+def prepare(config: RunConfig, start: Start | None = None) -> Prepared:
+    """Load or make the base, inject, warm-start, mark what trains; `start` counts before the method's `load`."""
+    pairs_of(config.data)  # makes them of JSON; a bad record shows before a model is read
     path, peft = config.train.load_model, config.peft
-    options = model_options(config)
+    options = model_options(config.train)
     if path:
         base = load_base(path)
         model = model_from_state(config.model, base, path, **options)
     else:
         model = model_from_scratch(config.model, config.data.random_seed, **options)
         base = model.state_dict()
+    if config.data.dataload == "pack" and model.has_time_state:
+        refuse_pack(f"{path}, which holds one")
     print_of_base = fingerprint(base)
-    start = warm_start(peft, print_of_base, path) if peft.peft_config.get("load") else None
+    if start is None and peft.peft_config.get("load"):
+        start = warm_start(peft, print_of_base, path)
+    if start is not None and not path:  # its --train_parts are copied into the very tensors
+        base = {name: tensor.clone() for name, tensor in base.items()}
     gradients = _gradients(config, model) if start is None else None
-    targets = add_adapter(model, peft, start=start, gradients=gradients)
-    has_adapter = not method_of(peft.peft).trains_base
+    targets = make_trainable(model, peft, config.train.train_type, start=start, gradients=gradients)
+    if "head" in targets and config.data.dataload == "only" and "stage_3" in config.train.strategy:
+        what = "rows of other lengths go through the head in other numbers of parts, which ZeRO-3 cannot gather for"
+        raise ConfigError("peft_targets", what=what, found="head with --dataload only", expected="--dataload pad")
+    has_adapter, tunes_state = not method_of(peft.peft).trains_base, config.train.train_type == "state"
     return Prepared(
         model=model,
         targets=targets,
         fingerprint=print_of_base,
         has_adapter=has_adapter,
         tokenizer=start.tokenizer if start else None,
-        new_base=base if has_adapter and not path else None,
+        new_base=base if (has_adapter or tunes_state) and not path else None,
+        tunes_state=tunes_state,
     )
 
 
@@ -72,13 +86,4 @@ def _gradients(config: RunConfig, model: RWKV6) -> Mapping[str, Tensor] | None:
     data.setup()
     count = config.peft.peft_config["samples"]
     say(f"gradients of the base on {count} samples, for the start of {config.peft.peft}")
-    return mean_gradients(model, targeted(model, config.peft), data.first_samples(count))
-
-
-def model_options(config: RunConfig) -> dict[str, Any]:
-    """The flags that the model itself follows."""
-    return {
-        "dtype": activation_dtype(config.train),
-        "grad_cp": bool(config.train.grad_cp),
-        "wkv_backend": config.train.wkv,
-    }
+    return mean_gradients(model, targeted(model, config.peft), data.first_samples(count), config.train.slice_tokens)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from rwkv_peft.checkpoint import save_base
+from rwkv_peft.checkpoint import save_base, time_states, write_atomically
 from rwkv_peft.config import RunConfig
 from rwkv_peft.config_file import write_yaml
-from rwkv_peft.errors import ConfigError
+from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.peft.adapter_io import AdapterInfo, adapter_tensors, save_adapter
 from rwkv_peft.training.banner import say
+from rwkv_peft.training.checkpoints import FOLDER, remove_all, remove_leftovers
 from rwkv_peft.training.prepare import Prepared
 
 
@@ -25,22 +27,44 @@ def check_folder(folder: Path) -> None:
         raise ConfigError("proj_dir", found=found, expected="a folder to write to")
 
 
-def open_folder(folder: Path, config: RunConfig, prepared: Prepared) -> None:
-    """Make the run's folder, with its config, and the base where that was made here."""
+def open_folder(folder: Path, config: RunConfig, prepared: Prepared, checkpoint: Path | None) -> None:
+    """Make the run's folder, with its config, and the base where that was made here.
+
+    What an earlier run left there is replaced, unless the run goes on from a `checkpoint` of it. The metrics of the run
+    that another folder's checkpoint is of are copied.
+    """
+    checkpoints = folder / FOLDER
+    goes_on = checkpoint is not None and checkpoint.parent.resolve() == checkpoints.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (folder / "metrics.jsonl").exists() and not config.data.epoch_begin:
-            say(f"note: {folder} holds an earlier run; its metrics and epochs of the same number are replaced")
-        write_yaml(config, folder / "config.yaml")
-    except OSError as error:
+        if (folder / "metrics.jsonl").exists() and not (goes_on or config.data.epoch_begin):
+            lost = "its metrics, checkpoints, and epochs of the same number are replaced"
+            say(f"note: {folder} holds an earlier run; {lost}")
+        if not goes_on:
+            remove_all(checkpoints)
+        remove_leftovers(checkpoints)
+        write_atomically(folder / "config.yaml", lambda temporary: write_yaml(config, temporary))
+        if checkpoint is not None and not goes_on:
+            earlier = checkpoint.parent.parent / "metrics.jsonl"
+            shutil.copyfile(earlier if earlier.exists() else os.devnull, folder / "metrics.jsonl")
+    except (OSError, CheckpointError) as error:
         raise ConfigError("proj_dir", what=f"cannot be written: {error}") from error
     if prepared.new_base is not None:
         save_base(prepared.new_base, folder / "rwkv-init.pth")
 
 
 def to_save(prepared: Prepared) -> Mapping[str, Tensor]:
-    """What an epoch trained: the adapter, or the whole model where there is none."""
-    return adapter_tensors(prepared.model) if prepared.has_adapter else prepared.model.state_dict(keep_vars=True)
+    """What an epoch trained: the adapter, the tuned state, or else the whole model."""
+    if prepared.has_adapter:
+        return adapter_tensors(prepared.model)
+    if prepared.tunes_state:
+        return time_states(dict(prepared.model.named_parameters()))
+    return prepared.model.state_dict(keep_vars=True)
+
+
+def trained_path(folder: Path, epoch: int | str, prepared: Prepared) -> Path:
+    """Where `save_trained` writes."""
+    return folder / f"rwkv-{epoch}{'.safetensors' if prepared.has_adapter else '.pth'}"
 
 
 def save_trained(
@@ -50,14 +74,16 @@ def save_trained(
     prepared: Prepared,
     tokenizer: Mapping[str, str] | None,
     tensors: Mapping[str, Tensor],
-) -> Path:
-    """Write the tensors that `to_save` names as an adapter file, or as a model where there is no adapter."""
-    peft = config.peft
+) -> None:
+    """Write the tensors that `to_save` names as an adapter file, or as a `.pth` where there is no adapter.
+
+    A model is stored in its activations' dtype, a tuned state as it trained.
+    """
+    peft, path = config.peft, trained_path(folder, epoch, prepared)
     if not prepared.has_adapter:
-        path = folder / f"rwkv-{epoch}.pth"
-        save_base({name: tensor.to(prepared.model.dtype) for name, tensor in tensors.items()}, path)
-        return path
-    path = folder / f"rwkv-{epoch}.safetensors"
+        dtype = None if prepared.tunes_state else prepared.model.dtype
+        save_base({name: tensor.to(dtype) for name, tensor in tensors.items()}, path)
+        return
     info = AdapterInfo(
         method=peft.peft,
         options=peft.peft_config,
@@ -68,4 +94,3 @@ def save_trained(
         tokenizer=tokenizer,
     )
     save_adapter(path, tensors, info)
-    return path

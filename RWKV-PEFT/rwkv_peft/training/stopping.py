@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 import pytorch_lightning as pl
@@ -18,10 +19,14 @@ class StopTogether(StepCallback):
 
     Lightning by itself stops a process where its signal finds it, while others may wait for it in a collective, and
     after Ctrl-C kills the others, with what ZeRO-3 has shared out to them.
+
+    Args:
+        save: called on every process before it stops, after the end of an epoch or within one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, save: Callable[[pl.Trainer, TrainingModule], None]) -> None:
         super().__init__()
+        self.save = save
         self.agreed = 0
         """The signal on which all processes stopped; 0 where none has come."""
         self._noted = 0
@@ -39,5 +44,14 @@ class StopTogether(StepCallback):
     def after_step(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         noted = torch.tensor(self._noted, device=module.device)
         self.agreed = int(trainer.strategy.reduce(noted, reduce_op="max"))
-        if self.agreed:
-            raise SIGTERMException
+        if self.agreed and not trainer.is_last_batch:
+            self._stop(trainer, module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Where the step was an epoch's last, what belongs to its end is done first. The run's end is no stop."""
+        if self.agreed and trainer.current_epoch + 1 < trainer.max_epochs:
+            self._stop(trainer, module)
+
+    def _stop(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        self.save(trainer, module)
+        raise SIGTERMException

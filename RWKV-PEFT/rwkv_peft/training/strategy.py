@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.training.launch import DeepSpeedEnvironment
+from rwkv_peft.training.scaling import LossScaling
 
-DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 WHOLE_BELOW = 2**20
 """ZeRO-3 shares out larger parameters only. An adapter's matrices are below (Bone r=64 on 4096 x 14336 trains 917,504
@@ -46,12 +47,18 @@ def activation_dtype(train: TrainConfig) -> torch.dtype:
         return torch.bfloat16 if device == "cuda" and has_bf16 else torch.float32
     if train.precision == "fp16" and device == "cpu":
         raise ConfigError("precision", found="fp16 on a CPU", expected="fp32 or bf16")
-    if train.precision == "fp16":
-        hint = "Its loss scaling has not been tested on a GPU yet."
-        raise ConfigError("precision", found="fp16", expected="bf16 or fp32", hint=hint)
     if train.precision == "bf16" and not has_bf16:
-        raise ConfigError("precision", found="bf16 on a GPU without it", expected="fp32")
+        raise ConfigError("precision", found="bf16 on a GPU without it", expected="fp16 or fp32")
     return DTYPES[train.precision]
+
+
+def model_options(train: TrainConfig) -> dict[str, Any]:
+    """The flags that the model itself follows."""
+    return {
+        "dtype": activation_dtype(train),
+        "grad_cp": bool(train.grad_cp),
+        "wkv_backend": train.wkv,
+    }
 
 
 class KeepDtypes(DeepSpeedPrecision):
@@ -121,11 +128,12 @@ def build_strategy(train: TrainConfig, *, unused: bool = False) -> dict[str, Any
     if train.strategy.startswith("deepspeed"):
         stage, _, offload = train.strategy.removeprefix("deepspeed_stage_").partition("_")
         return {"strategy": DeepSpeed(int(stage), offload=bool(offload)), "plugins": [KeepDtypes(), *launched]}
+    plugins = [*launched, *([LossScaling(device_type(train))] if train.precision == "fp16" else [])]
     if train.strategy == "auto" and devices_per_node(train) * train.num_nodes == 1:
-        return {"strategy": "auto"}
+        return {"strategy": "auto", "plugins": plugins}
     # Buffers, a quantised base among them, never change: they need not be sent around in every step.
     strategy = DDPStrategy(forward_sync_buffers=False, find_unused_parameters=unused)
-    return {"strategy": strategy, "plugins": launched}
+    return {"strategy": strategy, "plugins": plugins}
 
 
 def whole_tensors(parameters: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
@@ -162,3 +170,8 @@ def devices_per_node(train: TrainConfig) -> int:
             raise ConfigError("devices", found=train.devices, expected=f"at most {there}, the GPUs of this machine")
         return int(train.devices)
     return torch.cuda.device_count() if device_type(train) == "cuda" else 1
+
+
+def world_size(train: TrainConfig) -> int:
+    """Processes of the run, on all machines."""
+    return devices_per_node(train) * train.num_nodes
