@@ -249,7 +249,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--ctx_len", type=int, default=2048, help="tokens of a row (2048)")
     parser.add_argument("--micro_bsz", type=int, default=2, help="rows of a batch (2)")
     parser.add_argument("--batches", type=int, default=500, help="read in each turn (500)")
-    parser.add_argument("--steps", type=int, default=4, help="trained in each turn (4)")
+    parser.add_argument("--steps", type=int, default=8, help="trained in each turn (8)")
     args = parser.parse_args(argv)
     bench_convert(args.megabytes, args.runs)
     with tempfile.TemporaryDirectory() as folder:

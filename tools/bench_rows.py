@@ -22,7 +22,7 @@ from rwkv_peft.assembly import add_adapter
 from rwkv_peft.config import DataConfig, ModelConfig, OptimConfig, PeftConfig
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.datamodule import BinidxDataModule
-from rwkv_peft.data.tokenizer import WorldTokenizer
+from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.model.init import model_from_scratch
 from rwkv_peft.peft.bone import BoneConfig
 from rwkv_peft.training.optim import build_optimizer
@@ -30,14 +30,16 @@ from rwkv_peft.training.optim import build_optimizer
 MODES = ("get", "walk", "pad", "only", "pack")
 MEDIAN, SPREAD = 300, np.log(5) / 1.645
 """Of the lengths: tokens, and the lognormal's sigma that puts 95 % below five medians."""
-MODEL = ModelConfig(n_layer=6, n_embd=512)
+TOKENIZER = "bytes"
+"""A small vocabulary: the head is a small part of a step, as it is in large models."""
+MODEL = ModelConfig(n_layer=6, n_embd=512, vocab_size=257)
 
 Batches = Iterator[dict[str, Tensor]]
 
 
 def write_chat_like(prefix: Path, texts: Iterator[str], documents: int) -> None:
     """A pair of `documents` cut out of the texts."""
-    tokenizer, ids = WorldTokenizer(), []
+    tokenizer, ids = load_tokenizer(TOKENIZER), []
     lengths = np.random.default_rng(0).lognormal(np.log(MEDIAN), SPREAD, documents).astype(int).clip(2)
     with BinidxWriter(prefix, tokenizer) as writer:
         for length in lengths.tolist():
@@ -57,7 +59,7 @@ def batches(prefix: Path, mode: str, ctx_len: int, micro_bsz: int, loss_mask: st
         micro_bsz=1 if mode == "only" else micro_bsz,
         loss_mask=loss_mask,
     )
-    data = BinidxDataModule(config, WorldTokenizer().vocab_size)
+    data = BinidxDataModule(config, load_tokenizer(TOKENIZER).vocab_size)
     data.setup()
     data.trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0, accumulate_grad_batches=1)
     while True:
@@ -99,18 +101,21 @@ def bench_reading(prefix: Path, args: argparse.Namespace) -> None:
 
 
 def bench_packing(prefix: Path, args: argparse.Namespace) -> None:
-    """Tokens that train for each second of training, pack over pad, taken in turns."""
-    step, speeds = stepper(), {"pad": [], "pack": []}
-    sources = {mode: batches(prefix, mode, args.ctx_len, args.micro_bsz, "pad") for mode in speeds}
+    """Tokens that train for each second, pack over pad, taken in turns; of all turns together, since a few padded rows
+    hold few or many tokens by chance."""
+    step, seconds, trained = stepper(), {"pad": [], "pack": []}, {"pad": [], "pack": []}
+    sources = {mode: batches(prefix, mode, args.ctx_len, args.micro_bsz, "pad") for mode in seconds}
     for turn in range(args.runs + 1):
         for mode, found in sources.items():
             begun = time.perf_counter()
-            trained = sum(step(batch) for batch in islice(found, args.steps))
+            tokens = sum(step(batch) for batch in islice(found, args.steps))
             if turn:  # the first warms up
-                speeds[mode].append(trained / (time.perf_counter() - begun))
+                seconds[mode].append(time.perf_counter() - begun)
+                trained[mode].append(tokens)
     threads = torch.get_num_threads()
-    print(f"training Bone r=64, {MODEL.n_layer} layers x {MODEL.n_embd}, {threads} threads: trained tokens/s")
-    for mode, found in speeds.items():
-        print(f"  {mode:<5} {statistics.median(found):7.0f}  ({min(found):.0f} to {max(found):.0f})")
-    ratios = [pack / pad for pad, pack in zip(speeds["pad"], speeds["pack"], strict=True)]
-    print(f"  pack is x{statistics.median(ratios):.2f} pad ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"training Bone r=64, {MODEL.n_layer} layers x {MODEL.n_embd}, {threads} threads, {args.runs} turns")
+    speeds = {mode: sum(trained[mode]) / sum(seconds[mode]) for mode in seconds}
+    for mode, speed in speeds.items():
+        turns = [1000 * turn / args.steps for turn in seconds[mode]]
+        print(f"  {mode:<5} {speed:7.0f} trained tokens/s  a step {min(turns):.0f} to {max(turns):.0f} ms")
+    print(f"  pack is x{speeds['pack'] / speeds['pad']:.2f} pad")

@@ -41,7 +41,7 @@ def test_multilingual_text_has_many_scripts(bench_data, monkeypatch, tmp_path):
 
 def test_it_says_which_stage_limits_and_how_fast_batches_come(bench_data, capsys, monkeypatch):
     rows = sys.modules["bench_rows"]
-    monkeypatch.setattr(rows, "MODEL", ModelConfig(n_layer=1, n_embd=128))
+    monkeypatch.setattr(rows, "MODEL", ModelConfig(n_layer=1, n_embd=128, vocab_size=257))
     small = "--documents 60 --ctx_len 64 --batches 3 --steps 1".split()
     bench_data.main(["--megabytes", "0.05", "--runs", "1", *small])
     printed = capsys.readouterr().out
