@@ -61,7 +61,7 @@ def make_trainable(
 ) -> list[str]:
     """Add what `--train_type` and `--peft` train, and mark it, in place; the names of layers with an adapter."""
     if train_type == "state":
-        tune_state(model, peft)
+        tune_state(model, peft, start)
         return []
     return add_adapter(model, peft, start=start, gradients=gradients)
 
@@ -87,14 +87,17 @@ def add_adapter(
     return targets
 
 
-def tune_state(model: RWKV6, peft: PeftConfig) -> None:
+def tune_state(model: RWKV6, peft: PeftConfig, start: Start | None = None) -> None:
     """Let the state that texts begin with train, from zeros or from the base's own, and freeze the rest; in place.
 
     Args:
         peft: the dtype of what trains, and how the base is held.
+        start: take the state from there.
     """
     add_time_state(model)
     train_only(model, time_states(dict(model.named_parameters())).keys(), STORED[peft.adapter_dtype])
+    if start is not None:
+        load_trained(model, start.tensors, start.path)
     quantise_base(model, peft.quant)
 
 

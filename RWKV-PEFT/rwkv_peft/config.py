@@ -349,9 +349,10 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.optim.lr_bone and self.peft.peft in ("none", "lisa"):
             raise ConfigError("lr_bone", found=f"--peft {self.peft.peft}", expected="a method with an adapter")
-        if self.optim.optim == "adam_8bit" and self.train.strategy.endswith("offload"):
+        if self.optim.optim == "adam_8bit" and self.train.strategy.startswith("deepspeed"):
+            what = "DeepSpeed's flat shares cannot be saved with a state in 8 bits"
             found = f"adam_8bit with --strategy {self.train.strategy}"
-            raise ConfigError("optim", found=found, expected="adamw, which offload runs on the CPU")
+            raise ConfigError("optim", what=what, found=found, expected="adamw, or --strategy ddp")
         if self.data.dataload == "pack" and self.peft.peft == "prompt":
             what = "pack clears the model's state where a document begins, and the prompt would be lost"
             raise ConfigError("dataload", what=what, found="--peft prompt", expected="--dataload pad, only or get")

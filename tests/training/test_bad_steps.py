@@ -185,6 +185,12 @@ def guard(**settings) -> StepGuard:
     return StepGuard(OptimConfig(**settings))
 
 
+def test_steps_that_train_nothing_do_not_lower_the_median():
+    judge = guard(grad_spike=10.0)
+    assert all(judge.allows(norm) for norm in [0.0] * 30 + [1.0] * 12)
+    assert not judge.allows(11.0)
+
+
 def test_spikes_are_told_by_the_median_of_good_norms():
     judge = guard(grad_spike=3.0)
     assert all(judge.allows(norm) for norm in [1.0, 50.0] * 5), "too few norms to tell: median 25.5"

@@ -15,10 +15,11 @@ from rwkv_peft import cli
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.training import loggers
-from rwkv_peft.training.callbacks import MetricsFile, StepMetrics, row
+from rwkv_peft.training.callbacks import MetricsFile, StepMetrics
 from rwkv_peft.training.loggers import CsvFile, TensorBoard, check_loggers, wanted
 from tests.training.small_runs import train, write_inputs
 
+FOURTH = "step-000004.safetensors"
 BONE = ["--peft", "bone", "--bone_config", '{"r":16}', "--epoch_steps", "2"]
 
 
@@ -56,22 +57,34 @@ def test_csv_holds_what_metrics_jsonl_holds_and_goes_on_with_it(inputs, tmp_path
     assert len(rows) == 2
 
 
-def test_csv_of_a_resumed_run_drops_the_steps_that_it_makes_again(tmp_path):
-    """Killed while it wrote step 4; its last checkpoint was of step 2."""
-    path = tmp_path / "m.csv"
-    first = CsvFile(path)
-    for step in range(1, 5):
-        first(metrics(step))
-    first.close()
-    path.write_text(path.read_text()[:-1])
-    for first_step, kept in ((0, [1, 2, 3]), (2, [1, 2])):
-        again = CsvFile(path, go_on=True, first_step=first_step)
-        again.close()
-        assert [row["step"] for row in rows_of(path)] == kept
-    again = CsvFile(path, go_on=True, first_step=2)
-    again(metrics(3))
-    again.close()
-    assert rows_of(path) == [{name: float(value) for name, value in row(metrics(step)).items()} for step in (1, 2, 3)]
+def test_csv_of_a_resumed_run_is_that_of_its_metrics(inputs, tmp_path):
+    """In its own folder, and in one that holds another run."""
+    steps = ["--epoch_steps", "6", "--save_every", "2", "--logger", "csv"]
+    rows = train(tmp_path / "run", inputs, *BONE, *steps)
+    train(tmp_path / "other", inputs, *BONE, *steps, "--random_seed", "1")
+    for folder in ("run", "other"):
+        again = train(tmp_path / folder, inputs, *BONE, *steps, "--resume", f"{tmp_path}/run/checkpoints/{FOURTH}")
+        assert [row["loss"] for row in again] == [row["loss"] for row in rows]
+        assert rows_of(tmp_path / folder / "metrics.csv") == again
+
+
+def test_a_full_disk_costs_the_csv_a_warning(tmp_path, capsys):
+    file = CsvFile(tmp_path / "m.csv")
+    file(metrics(1))
+
+    class Full:
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            raise OSError(28, "No space left on device")
+
+    file.file.file = Full()
+    for step in (2, 3):
+        file(metrics(step))
+    file.close()
+    assert capsys.readouterr().err.count("m.csv: cannot be written ([Errno 28] No space left on device)") == 1
+    assert len(rows_of(tmp_path / "m.csv")) == 1
 
 
 def test_other_events_go_into_metrics_jsonl_alone(tmp_path):
@@ -83,13 +96,6 @@ def test_other_events_go_into_metrics_jsonl_alone(tmp_path):
     assert [row["step"] for row in rows_of(tmp_path / "m.csv")] == [1, 2]
     lines = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert lines[1] == asdict(OtherEvent(1, 2.0))
-
-
-def test_a_csv_of_other_columns_is_not_mixed_up(tmp_path):
-    (tmp_path / "m.csv").write_text("step,loss\n1,2.0\n")
-    with pytest.raises(ConfigError, match=r"--logger: .*m.csv cannot go on, .*found step loss, expected step loss lr"):
-        CsvFile(tmp_path / "m.csv", go_on=True)
-    assert (tmp_path / "m.csv").read_text() == "step,loss\n1,2.0\n"
 
 
 @pytest.mark.parametrize(

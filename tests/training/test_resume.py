@@ -80,6 +80,9 @@ ALL = [
     ("bone", {"r": 16, "mode": "col", "rounding": "stochastic"}, ["--precision", "bf16"]),
     ("bone", {"r": 16}, ["--adapter_dtype", "bf16"]),
     ("none", {}, ["--train_parts", "ln", "--dataload", "walk"]),
+    ("none", {}, ["--train_type", "state"]),
+    ("lora", {"r": 4}, ["--train_type", "infctx", "--chunk_ctx", "20"]),
+    ("lora", {"r": 4}, ["--optim", "adam_8bit"]),
 ]
 
 

@@ -22,11 +22,12 @@ from tests.training.small_runs import write_inputs
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = {
     "bone": ["--peft", "bone", "--bone_config", '{"r":16}', "--train_parts", "ln"],
+    "state": ["--train_type", "state"],
     "lisa": ["--peft", "lisa", "--lisa_config", '{"layers":1,"interval":3}'],
 }
 """LISA drops and makes moments as it goes; step 4 is in the middle of a draw."""
 STRATEGIES = ["ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"]
-WITH_LISA = ["deepspeed_stage_2", "deepspeed_stage_3"]
+WITH_ALL = ["deepspeed_stage_2", "deepspeed_stage_3"]
 STOP = 4
 COMMON = (
     "--accelerator cpu --precision fp32 --dataload get --ctx_len 32 --epoch_steps 3 --epoch_count 2 --lr_init 1e-3 "
@@ -48,17 +49,14 @@ def test_a_pair_goes_on(strategy, inputs, tmp_path):
     pair = ["--devices", "2", "--micro_bsz", "2", "--strategy", strategy]
     alone, keep = ["--micro_bsz", "4"], ["--save_every", "1", "--keep_last", "9"]
     common = [*inputs, *COMMON]
-    methods = METHODS if strategy in WITH_LISA else {"bone": METHODS["bone"]}
+    methods = METHODS if strategy in WITH_ALL else {"bone": METHODS["bone"]}
     for name, method in methods.items():
         run_here(
             [
                 *common,
                 *method,
                 *alone,
-                "--save_every",
-                "1",
-                "--keep_last",
-                "9",
+                *keep,
                 "--proj_dir",
                 str(tmp_path / name / "alone"),
             ]

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from rwkv_peft.data.binidx import BinidxReader
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.validation_set import ValidationSet
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import CheckpointError, UserError
 from rwkv_peft.evaluation.loss import held_out_loss, summed
 from rwkv_peft.peft.adapter_io import read_adapter
 from rwkv_peft.training.infctx import sliced_loss
 from rwkv_peft.training.run import run
+from rwkv_peft.training.saving import save_trained
 from tests.helpers import lively_model
 from tests.training.small_runs import SHAPE, metrics, train, validations, write_inputs
 from tests.training.test_methods_on_strategies import in_a_pair
@@ -84,6 +86,8 @@ def test_every_token_counts_once_on_any_number_of_processes(dataload, ctx_len, v
     for world_size in (1, 2, 3, 5):
         shares = [list(data.batches(rank, world_size)) for rank in range(world_size)]
         assert len({len(share) for share in shares}) == 1, "ZeRO-3 needs as many forwards everywhere"
+        rows = {len(batch["input_ids"]) for share in shares for batch in share}
+        assert rows == {config.micro_bsz}, "and through the head in as many parts"
         batches = [batch for share in shares for batch in share]
         total, count = sum(summed(sliced_loss(model, batch, 0), batch["loss_mask"]) for batch in batches).tolist()
         assert count == tokens
@@ -267,14 +271,57 @@ def test_a_loss_that_is_not_finite_is_an_error(inputs, val, tmp_path, scripted):
 def test_state_goes_through_json_and_a_resumed_run_does_not_begin_anew(scripted):
     from rwkv_peft.training.validation import Validator
 
-    def validator() -> Validator:
-        return Validator(None, every=2, patience=3, recorder=None, keep=Path)
+    def validator(documents: int = 5) -> Validator:
+        data = SimpleNamespace(identity=[{"documents": documents}])
+        return Validator(data, every=2, patience=3, recorder=None, keep=Path)
 
     before, after = validator(), validator()
     before.best_loss, before.best_step, before.not_better, before.last_step = 2.5, 40, 2, 80
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert after.state_dict() == before.state_dict()
     after.on_train_start(None, None)  # measures nothing
+    other = validator(6)
+    other.load_state_dict(before.state_dict())
+    assert other.state_dict() == validator(6).state_dict(), "losses on other data say nothing of these"
+
+
+def test_the_last_validation_is_in_the_last_checkpoint(inputs, val, tmp_path, scripted):
+    """Else a run that goes on would keep a worse adapter as its best."""
+    flags = [*BONE, "--val_data_file", val]
+    scripted([5.5, 3.0])
+    train(tmp_path / "run", inputs, *flags)
+    scripted([3.5])
+    train(tmp_path / "run", inputs, *flags, "--epoch_count", "2", "--resume", "auto")
+    assert [row["val_loss"] for row in validations(tmp_path / "run")] == [5.5, 3.0, 3.5]
+    best, first = (read_adapter(tmp_path / "run" / f"rwkv-{name}.safetensors")[0] for name in ("best", 0))
+    assert all(torch.equal(best[name], first[name]) for name in first)
+
+
+def test_a_run_that_patience_ended_is_at_its_end(inputs, val, tmp_path, scripted, capsys):
+    flags = [*BONE, "--val_data_file", val, "--val_every", "1", "--epoch_steps", "9"]
+    scripted([5.0, 6.0, 6.0])
+    rows = train(tmp_path / "run", inputs, *flags, "--patience", "2")
+    assert train(tmp_path / "run", inputs, *flags, "--patience", "2", "--resume", "auto") == rows
+    assert "--patience 2 has ended the run; a larger one would go on" in capsys.readouterr().out
+    scripted([4.0, *[7.0] * 3])
+    more = train(tmp_path / "run", inputs, *flags, "--patience", "3", "--resume", "auto")
+    assert [row["step"] for row in more] == [1, 2, 3, 4, 5, 6]
+    scripted([5.0, *[6.0] * 9])
+    train(tmp_path / "run", inputs, *flags)  # replaces it: nothing could be gone on with
+
+
+def test_a_best_that_cannot_be_kept_costs_a_line(inputs, val, tmp_path, monkeypatch, capsys):
+    def full(folder, name, *rest):
+        if name == "best":
+            raise CheckpointError(str(folder), "cannot be written (No space left on device)")
+        return save_trained(folder, name, *rest)
+
+    monkeypatch.setattr("rwkv_peft.training.fit.save_trained", full)
+    train(tmp_path / "run", inputs, *BONE, "--val_data_file", val)
+    printed = capsys.readouterr()
+    assert "(No space left on device). Training goes on." in printed.err
+    assert "(best so far, not kept)" in printed.out
+    assert (tmp_path / "run" / "rwkv-0.safetensors").exists()
 
 
 # ------------------------------------------------------------------------------ which data

@@ -1,4 +1,4 @@
-"""Batches for Lightning. The only file of the data path that knows about epochs in progress, ranks and batches.
+"""Training batches for Lightning, by epoch, rank and batch.
 
 B = micro_bsz, T = ctx_len.
 """

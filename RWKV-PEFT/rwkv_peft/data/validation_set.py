@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.utils.data import default_collate
 from rwkv_peft.config import DataConfig
 from rwkv_peft.data.binidx import BinidxReader, find_prefix
 from rwkv_peft.data.held_out import DocumentSubset
+from rwkv_peft.data.identity import identity_of
 from rwkv_peft.data.json_pairs import pairs_of
 from rwkv_peft.data.pickers import Windows
 from rwkv_peft.data.sampling import Part, Samples
@@ -60,6 +62,11 @@ class ValidationSet:
         return sum(len(part.reader.tokens) for part in self.parts)
 
     @property
+    def identity(self) -> list[dict[str, Any]]:
+        """What tells it from others, as JSON has it."""
+        return [identity_of(part) for part in self.parts]
+
+    @property
     def masks(self) -> tuple[str, ...]:
         """The --loss_mask of each pair."""
         return tuple(part.mask.name for part in self.parts)
@@ -70,17 +77,17 @@ class ValidationSet:
         return self.parts[part].sample(0, 0, index - int(self._bounds[part]))
 
     def batches(self, rank: int = 0, world_size: int = 1) -> Iterator[dict[str, Tensor]]:
-        """This process's share: batches of at most B rows. All together hold every row once.
+        """This process's share: batches of B rows. All together hold every row once.
 
-        Every process gets the same number of batches, as ZeRO-3 needs it; where rows run out, one in which nothing
-        counts.
+        Every process gets the same number of batches of B rows, as ZeRO-3 needs it; where rows run out, rows in which
+        nothing counts.
         """
         size = self._micro_bsz
         for first in range(rank * size, -(-len(self) // (size * world_size)) * size * world_size, size * world_size):
             rows = [self.row(index) for index in range(first, min(first + size, len(self)))]
-            if not rows:
-                rows = [self.row(0)]
-                rows[0]["loss_mask"] = np.zeros_like(rows[0]["loss_mask"])
+            first_row = self.row(0)
+            filling = first_row | {"loss_mask": np.zeros_like(first_row["loss_mask"])}
+            rows += [filling] * (size - len(rows))
             yield default_collate(rows)
 
 

@@ -20,7 +20,7 @@ from rwkv_peft.ops.products import widens
 from rwkv_peft.ops.wkv6 import Choice
 from rwkv_peft.peft.injection import adapter_parameters
 from rwkv_peft.training.memory import Expected, WayOut, expect, free_bytes, ways_out
-from rwkv_peft.training.strategy import activation_dtype, device_type, devices_per_node
+from rwkv_peft.training.strategy import activation_dtype, device_type, devices_per_node, world_size
 
 
 def trained_table(model: nn.Module) -> str:
@@ -121,7 +121,7 @@ def _data_lines(config: RunConfig, plan: DataPlan, meta: BinidxMeta | None) -> l
     lines = [f"data    {files}: {plan.documents:,} documents, {plan.tokens:,} tokens, tokenizer {tokenizer}"]
     lines += [f"        {line}" for line in (_rows_line(data, plan), _mask_line(plan)) if line]
     steps = -(-plan.steps_per_epoch // accumulate) * data.epoch_count
-    devices = devices_per_node(config.train) * config.train.num_nodes
+    devices = world_size(config.train)
     most = "at most " if data.dataload == "only" else ""
     tokens = data.micro_bsz * data.ctx_len * devices * accumulate
     lines.append(

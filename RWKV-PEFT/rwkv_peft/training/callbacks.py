@@ -150,8 +150,9 @@ class Average:
         return self._sum / self._weight if self._weight else value
 
 
-def cut_metrics(path: Path, step: int) -> list[dict]:
-    """Cut the lines after `step` off a metrics.jsonl, in place, and return what is left; [] where there is no file.
+def cut_metrics(path: Path, step: int | None) -> list[dict]:
+    """Cut the lines after `step` (None: nothing whole) off a metrics.jsonl, in place, and return what is left; [] where
+    there is no file.
 
     A line that a kill or a full disk left unfinished goes too. What an earlier run left before (--epoch_begin) stays.
     """
@@ -164,25 +165,24 @@ def cut_metrics(path: Path, step: int) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-def _is_until(line: bytes, step: int) -> bool:
+def _is_until(line: bytes, step: int | None) -> bool:
     try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+        last = json.loads(line)["step"]
+        return line.endswith(b"\n") and (step is None or last <= step)
     except ValueError:
         return False
 
 
-class MetricsFile:
-    """Writes every event to a JSON-lines file; `go_on` keeps what is in it. A full disk does not stop the run."""
+class LineFile:
+    """A file that lines are written to as they come. A full disk costs a warning, not the run."""
 
     def __init__(self, path: Path, *, go_on: bool = False) -> None:
-        mode = "a" if go_on else "w"
-        self.path = path
-        self.file = path.open(mode, encoding="utf-8", buffering=1)  # a line reaches the disk as it is written
-        self.failed = False
+        self.path, self.failed = path, False
+        self.file = path.open("a" if go_on else "w", encoding="utf-8", newline="", buffering=1)
 
-    def __call__(self, event: Any) -> None:
+    def write(self, line: str) -> None:
         try:
-            self.file.write(json.dumps(row(event)) + "\n")  # with what could not be written before
+            self.file.write(line)  # with what could not be written before
         except OSError as error:
             if not self.failed:
                 sys.stderr.write(f"warning: {self.path}: cannot be written ({error}). Training goes on.\n")
@@ -192,6 +192,13 @@ class MetricsFile:
         """Write what is left; a full disk was told of."""
         with contextlib.suppress(OSError):
             self.file.close()
+
+
+class MetricsFile(LineFile):
+    """Writes every event to a JSON-lines file; `go_on` keeps what is in it."""
+
+    def __call__(self, event: Any) -> None:
+        self.write(json.dumps(row(event)) + "\n")
 
 
 class Progress:

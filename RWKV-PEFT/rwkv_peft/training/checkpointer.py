@@ -37,6 +37,8 @@ class Due:
     minutes: float
     """After so many minutes; 0: not by time."""
     keep: int
+    patience: int = 0
+    """Validations after which a run that got no better ends; a checkpoint says if it did."""
 
 
 class Checkpointer(StepCallback):
@@ -73,11 +75,18 @@ class Checkpointer(StepCallback):
             if type(callback).__name__ in states:
                 callback.load_state_dict(states[type(callback).__name__])
 
-    def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        first = trainer.strategy.broadcast(self._begin.step)
-        if first != self._begin.step:  # another machine, which does not see the folder
-            what = f"process {trainer.global_rank} is after step {self._begin.step}, the first one after {first}"
+    def on_fit_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Before any process waits for others that do something else."""
+        own = [self._begin.step, self._manifest["inputs"]]
+        first = trainer.strategy.broadcast(own)
+        if first[0] != own[0]:  # another machine, which does not see the folder
+            what = f"process {trainer.global_rank} is after step {own[0]}, the first one after {first[0]}"
             raise CheckpointError("--resume", what, hint="All machines must see one --proj_dir.")
+        if first[1] != own[1]:
+            what = f"process {trainer.global_rank} has another base or other data than the first one"
+            raise CheckpointError("--data_file", what, hint="All must see the same files, unchanged while they start.")
+
+    def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         if self.earlier is None:
             return
         if module.draw is not None:  # before the moments are there, which a draw drops
@@ -146,6 +155,7 @@ class Checkpointer(StepCallback):
                 **self._manifest,
                 "position": asdict(position),
                 "total_steps": module.total_steps,
+                "ended_by_patience": self.due.patience if trainer.should_stop else 0,
                 "scalars": scalars,
                 "random": states,
                 "guard": module.guard.state_dict(),

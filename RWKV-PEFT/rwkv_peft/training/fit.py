@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -103,7 +103,7 @@ def _train(
         "inputs": inputs_of(prepared.fingerprint, data),
         "tokenizer": tokenizer,
     }
-    due = Due(train.save_every, train.save_minutes, train.keep_last)
+    due = Due(train.save_every, train.save_minutes, train.keep_last, train.patience)
     checkpointer = Checkpointer(folder / FOLDER, prepared.model, about, due, checkpoint)
 
     def save_stopped(trainer: pl.Trainer, module: TrainingModule) -> None:
@@ -128,9 +128,10 @@ def _train(
             say(f"go on with: python train.py --config {shlex.quote(str(folder / 'config.yaml'))} --resume auto")
             raise SystemExit(_exit_code(trainer, stop)) from None
     finally:
-        for consumer in consumers:
-            consumer.close()
-        checkpointer.close(must=finished)
+        with ExitStack() as closing:
+            closing.callback(checkpointer.close, must=finished)
+            for consumer in consumers:
+                closing.callback(consumer.close)
 
 
 def _validator(
@@ -148,15 +149,11 @@ def _consumers(
 ) -> tuple[list[Consumer], float]:
     """What takes the run's events, with what it has of earlier processes; and the seconds that these trained."""
     step = position_of(checkpoint).step
-    rows = cut_metrics(Path(config.train.proj_dir) / "metrics.jsonl", step) if checkpoint else []
-    consumers = open_consumers(
-        config,
-        module.total_steps,
-        go_on=bool(checkpoint) or config.data.epoch_begin > 0,
-        first_step=step,
-        losses=[row["loss"] for row in rows if row.get("loss") is not None],
-    )
-    return consumers, rows[-1]["time"] if rows else 0.0
+    rows = []
+    if checkpoint or config.data.epoch_begin:
+        rows = cut_metrics(Path(config.train.proj_dir) / "metrics.jsonl", step if checkpoint else None)
+    consumers = open_consumers(config, module.total_steps, first_step=step, rows=rows)
+    return consumers, rows[-1]["time"] if rows and checkpoint else 0.0
 
 
 def _draw(config: RunConfig) -> BlockDraw | None:

@@ -58,7 +58,8 @@ class StepGuard:
             self.in_a_row += 1
         else:
             self.in_a_row = 0
-            self._norms.append(norm)
+            if norm > 0:  # a step in which nothing trains says nothing of those in which something does
+                self._norms.append(norm)
         return self.skipped is None
 
     def _objection(self, norm: float) -> str | None:

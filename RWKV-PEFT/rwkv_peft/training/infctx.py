@@ -50,11 +50,9 @@ def sliced_loss(model: RWKV6, batch: Mapping[str, Tensor], chunk: int, full: boo
 
 
 def _run(model: RWKV6, part: Mapping[str, Tensor], state: ModelState | None) -> tuple[Tensor, ModelState]:
-    """Mean loss of one slice, and the state after it, which keeps no other memory of the slice alive."""
+    """Mean loss of one slice, and the state after it."""
     hidden, after = model.hidden(part["input_ids"], state, part.get("starts"))
-    loss = model.loss(hidden, part["targets"], part["loss_mask"])
-    # The shifts are views of (B, T, C).
-    return loss, [LayerState(layer.att_shift.clone(), layer.wkv, layer.ffn_shift.clone()) for layer in after]
+    return model.loss(hidden, part["targets"], part["loss_mask"]), after
 
 
 def _slices(batch: Mapping[str, Tensor], lengths: Sequence[int]) -> list[dict[str, Tensor]]:

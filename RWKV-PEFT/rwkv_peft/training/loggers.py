@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from rwkv_peft.config import RunConfig, TrainConfig
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.training.callbacks import MetricsFile, Progress, StepMetrics
+from rwkv_peft.training.callbacks import LineFile, MetricsFile, Progress, StepMetrics, row
 
 DEFAULT_PROJECT = "rwkv-peft"
 """Weights & Biases project of `--logger wandb` without `--wandb`."""
@@ -53,26 +53,27 @@ def wanted(train: TrainConfig) -> tuple[str, ...]:
 
 
 def open_consumers(
-    config: RunConfig, total_steps: int, *, go_on: bool, first_step: int = 0, losses: Sequence[float] = ()
+    config: RunConfig, total_steps: int, *, first_step: int = 0, rows: Sequence[Mapping[str, Any]] = ()
 ) -> list[Consumer]:
     """Everything that takes a run's events; for the main process, once the run's folder is there.
 
     Args:
         total_steps: optimizer steps of the run, for the progress line.
-        go_on: keep what earlier processes wrote of this run.
-        first_step: optimizer steps that they made of it, up to the checkpoint that it goes on from.
-        losses: of these.
+        first_step: optimizer steps that earlier processes made of it, up to the checkpoint that it goes on from.
+        rows: lines of metrics.jsonl that stay.
     Raises:
         ConfigError: a logger cannot start.
     """
     folder = Path(config.train.proj_dir)
     loggers: dict[str, Any] = {
-        "csv": lambda: CsvFile(folder / "metrics.csv", go_on=go_on, first_step=first_step),
-        "tensorboard": lambda: TensorBoard(folder / "tensorboard", go_on=go_on),
+        "csv": lambda: CsvFile(folder / "metrics.csv", rows),
+        "tensorboard": lambda: TensorBoard(folder / "tensorboard", go_on=bool(rows)),
         "wandb": lambda: WeightsAndBiases(config),
     }
     opened = [loggers[name]() for name in wanted(config.train)]
-    return [*opened, MetricsFile(folder / "metrics.jsonl", go_on=go_on), Progress(total_steps, first_step, losses)]
+    losses = [line["loss"] for line in rows if line.get("loss") is not None]
+    metrics = MetricsFile(folder / "metrics.jsonl", go_on=bool(rows))
+    return [*opened, metrics, Progress(total_steps, first_step, losses if first_step else ())]
 
 
 class CsvFile:
@@ -80,34 +81,19 @@ class CsvFile:
     they have other columns, and metrics.jsonl has them.
 
     Args:
-        go_on: keep what is there, up to `first_step` where that is not 0.
-    Raises:
-        ConfigError: the file that the run goes on with has other columns.
+        rows: what metrics.jsonl has of the run so far; the file is made anew from it.
     """
 
-    def __init__(self, path: Path, *, go_on: bool = False, first_step: int = 0) -> None:
-        self.columns = [spec.name for spec in fields(StepMetrics)]
-        rows = self._rows_there(path) if go_on and path.exists() else []
-        while first_step and rows and int(rows[-1]["step"]) > first_step:
-            rows.pop()
-        self.file = path.open("w", encoding="utf-8", newline="", buffering=1)
-        self.writer = csv.DictWriter(self.file, self.columns, lineterminator="\n")
+    def __init__(self, path: Path, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        columns = [spec.name for spec in fields(StepMetrics)]
+        self.file = LineFile(path)
+        self.writer = csv.DictWriter(self.file, columns, lineterminator="\n", extrasaction="ignore")
         self.writer.writeheader()
-        self.writer.writerows(rows)
-
-    def _rows_there(self, path: Path) -> list[dict[str, str]]:
-        """All rows but one that a kill cut off."""
-        whole, newline, _ = path.read_text(encoding="utf-8").rpartition("\n")
-        reader = csv.DictReader((whole + newline).splitlines())
-        if (reader.fieldnames or self.columns) != self.columns:
-            what, hint = f"{path} cannot go on, its columns are others", "Move the file away."
-            found, expected = " ".join(reader.fieldnames), " ".join(self.columns)
-            raise ConfigError("logger", what=what, found=found, expected=expected, hint=hint)
-        return list(reader)
+        self.writer.writerows(line for line in rows if "loss" in line)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepMetrics):
-            self.writer.writerow(asdict(event))
+            self.writer.writerow(row(event))
 
     def close(self) -> None:
         self.file.close()

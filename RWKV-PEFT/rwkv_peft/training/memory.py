@@ -26,7 +26,7 @@ from rwkv_peft.peft.lisa import LisaConfig
 from rwkv_peft.peft.registry import method_of
 from rwkv_peft.training.allocations import Step, count_step
 from rwkv_peft.training.lisa import BlockDraw
-from rwkv_peft.training.strategy import WHOLE_BELOW, device_type, devices_per_node, model_options
+from rwkv_peft.training.strategy import WHOLE_BELOW, device_type, model_options, world_size
 
 MOMENTS = 2
 """Of AdamW, each as large as what trains and in its dtype."""
@@ -85,7 +85,7 @@ def expect(config: RunConfig) -> Expected:
     if device == "cpu":
         kept_file, loading = _loading(config, model, counted.weights)
         weights += kept_file
-    world = devices_per_node(train) * train.num_nodes
+    world = world_size(train)
     moments = trained // 2 if config.optim.optim == "adam_8bit" else MOMENTS * trained
     optimizer, step = moments, counted.step
     if stage:
@@ -104,8 +104,8 @@ def expect(config: RunConfig) -> Expected:
     )
 
 
-def model_as_held(config: RunConfig) -> RWKV6:
-    """The run's model on meta: each parameter in the dtype that it is held in before it is quantised."""
+def model_on_its_way(config: RunConfig) -> RWKV6:
+    """The run's model on meta, with what trains: each parameter in the dtype that it has before it is quantised."""
     options = model_options(config.train)
     if options["wkv_backend"] == "fla":  # its kernels run on real tensors only; it keeps much the same
         options["wkv_backend"] = "auto"
@@ -118,6 +118,12 @@ def model_as_held(config: RunConfig) -> RWKV6:
             if name in large:
                 parameter.data = parameter.data.to(model.dtype)
     make_trainable(model, config.peft, config.train.train_type)
+    return model
+
+
+def model_as_held(config: RunConfig) -> RWKV6:
+    """The same, with those blocks frozen that LISA does not draw first."""
+    model = model_on_its_way(config)
     if config.peft.peft == "lisa":
         draw = BlockDraw(LisaConfig(**config.peft.peft_config), config.model.n_layer, config.data.random_seed)
         for index in set(range(config.model.n_layer)) - draw.blocks(0):
@@ -186,7 +192,9 @@ def _loading(config: RunConfig, model: nn.Module, held: int) -> tuple[int, int]:
     mapped = sum(tensor.nbytes for tensor in file.values())
     parameters = dict(model.named_parameters())
     replaced = _replaced(config, model)
-    as_in_file = {name for name, tensor in file.items() if tensor.dtype == parameters[name].dtype}
+    as_in_file = {
+        name for name, tensor in file.items() if name in parameters and tensor.dtype == parameters[name].dtype
+    }
     in_use = sum(file[name].nbytes for name in as_in_file - replaced)
     copies = sum(p.nbytes for name, p in parameters.items() if name not in as_in_file)
     return (mapped - in_use if in_use else 0), mapped + copies + _start_bytes(config, model)
@@ -222,7 +230,7 @@ def _making(config: RunConfig, model: nn.Module, held: int) -> tuple[int, int]:
     whole = sum(p.nbytes for p in plain.parameters())
     largest = max(shape.vocab_size, shape.dim_ffn) * shape.n_embd * 4
     kept = 0
-    if not method_of(config.peft.peft).trains_base:
+    if config.train.train_type == "state" or not method_of(config.peft.peft).trains_base:
         parameters = dict(model.named_parameters())
         kept = sum(parameters[name].nbytes for name in _replaced(config, model))
     return kept, max(whole + ORTHOGONAL_COPIES * largest, whole + _start_bytes(config, model))
@@ -280,11 +288,11 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     data, train, peft = config.data, config.train, config.peft
     if not train.grad_cp:
         yield "--grad_cp 1", changed("train", grad_cp=1)
-    if peft.quant == "none" and not method_of(peft.peft).trains_base:
+    if peft.quant == "none" and (train.train_type == "state" or not method_of(peft.peft).trains_base):
         yield "--quant nf4", changed("peft", quant="nf4")
     if data.micro_bsz > 1:
         yield "--micro_bsz 1", changed("data", micro_bsz=1)
-    elif data.ctx_len > 1024 and not train.slice_tokens:
+    elif data.ctx_len > 1024 and train.train_type == "none":
         yield "--train_type infctx --chunk_ctx 512", changed("train", train_type="infctx", chunk_ctx=512)
     elif data.ctx_len > 256 and not train.slice_tokens:
         yield f"--ctx_len {data.ctx_len // 2}", changed("data", ctx_len=data.ctx_len // 2)

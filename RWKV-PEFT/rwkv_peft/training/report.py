@@ -25,7 +25,7 @@ from rwkv_peft.training.environment import hardware, peak_memory, software
 from rwkv_peft.training.history import History, read_history
 from rwkv_peft.training.module import TrainingModule
 from rwkv_peft.training.samples import Sample
-from rwkv_peft.training.strategy import devices_per_node
+from rwkv_peft.training.strategy import world_size
 
 
 class LeavesReport(StepCallback):
@@ -98,7 +98,7 @@ class LeavesReport(StepCallback):
             rows["trained tokens"] = f"{trained:,.0f}/s (median of the steps; without padding and masked tokens)"
         if seconds and self.config.data.dataload != "only":
             data, train = self.config.data, self.config.train
-            batch = data.micro_bsz * devices_per_node(train) * train.num_nodes
+            batch = data.micro_bsz * world_size(train)
             tokens = batch * data.ctx_len * self.config.optim.accumulate_grad_batches
             rows["all tokens"] = f"{tokens / seconds:,.0f}/s (padding and masked tokens included)"
         if seconds:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from rwkv_peft.assembly import Start
 from rwkv_peft.config import RunConfig
 from rwkv_peft.data.datamodule import BinidxDataModule
-from rwkv_peft.data.sampling import Part
+from rwkv_peft.data.identity import identity_of
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.training.banner import say
 from rwkv_peft.training.checkpoints import FOLDER, Checkpoint, list_checkpoints, read_checkpoint, read_manifest
 from rwkv_peft.training.shares import MASTER
-from rwkv_peft.training.strategy import activation_dtype, devices_per_node
-
-SAMPLED_TOKENS = 256
-"""Tokens that the identity of a pair keeps."""
+from rwkv_peft.training.strategy import activation_dtype, world_size
 
 NOT_COMPARED = {
     "data": (
@@ -102,12 +96,25 @@ def _refuse_to_replace(folder: Path, steps: Mapping[int, Path]) -> None:
         return
     step, path = next(iter(steps.items()))
     try:
-        total = read_manifest(path)["total_steps"]
+        manifest = read_manifest(path)
+        total, ended = manifest["total_steps"], manifest["ended_by_patience"]
     except CheckpointError:
-        total = None
-    if total is None or step < total:
+        total = ended = None
+    if total is None or (step < total and not ended):
         what = f"{folder} holds a run that can go on, after step {step} of {total or 'an unreadable checkpoint'}"
         raise ConfigError("proj_dir", what=what, hint="Go on with --resume auto, or name another --proj_dir.")
+
+
+def nothing_left(config: RunConfig, checkpoint: Checkpoint | None) -> str | None:
+    """Why a checkpoint is of a run that is at its end, where it is."""
+    if checkpoint is None:
+        return None
+    ended = checkpoint.manifest["ended_by_patience"]
+    if 0 < config.train.patience <= ended:
+        return f"--patience {ended} has ended the run; a larger one would go on"
+    if position_of(checkpoint).epoch >= config.data.epoch_count:
+        return f"nothing is left of {config.data.epoch_count} epochs; a larger --epoch_count would go on"
+    return None
 
 
 def position_of(checkpoint: Checkpoint | None) -> Position:
@@ -131,7 +138,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     sections = {name: asdict(getattr(config, name)) for name in ("model", "peft", "data", "optim")}
     sections["derived"] = {
         "precision": str(activation_dtype(config.train)).removeprefix("torch."),
-        "micro_bsz": config.data.micro_bsz * devices_per_node(config.train) * config.train.num_nodes,
+        "micro_bsz": config.data.micro_bsz * world_size(config.train),
         "magic_prime": config.data.walks,
         "tf32": config.train.precision == "tf32",
         "train_type": config.train.train_type,
@@ -170,13 +177,14 @@ def _check_epochs(config: RunConfig, checkpoint: Checkpoint, before: int) -> Non
     if count < before:
         what = f"is less than that of {checkpoint.path}"
         raise ConfigError("epoch_count", what=what, found=count, expected=f"{before} or more")
-    if count > before and config.optim.lr_init != config.optim.lr_final:
+    falls = config.optim.lr_schedule != "constant" and config.optim.lr_init != config.optim.lr_final
+    if count > before and falls:
         say(f"note    --epoch_count {count}, before {before}: the learning rate goes on as in a run of {count} epochs")
 
 
 def inputs_of(fingerprint: Mapping[str, Any], data: BinidxDataModule) -> dict[str, Any]:
     """What tells the base and the data of a run from others."""
-    return {"base": fingerprint, "data": [_identity(part) for part in data.parts]}
+    return {"base": fingerprint, "data": [{**identity_of(part.samples), "share": part.share} for part in data.parts]}
 
 
 def check_inputs(inputs: Mapping[str, Any], checkpoint: Checkpoint) -> None:
@@ -194,18 +202,3 @@ def check_inputs(inputs: Mapping[str, Any], checkpoint: Checkpoint) -> None:
             found="as many tokens, but not the same" if same else f"documents, tokens, share {now}",
             expected=None if same else before,
         )
-
-
-def _identity(part: Part) -> dict[str, Any]:
-    """Sizes, document bounds and some tokens of a pair."""
-    reader = part.samples.reader
-    tokens = len(reader.tokens)
-    places = np.linspace(0, max(tokens - 1, 0), min(SAMPLED_TOKENS, tokens)).astype(np.int64)
-    return {
-        "documents": len(reader),
-        "tokens": tokens,
-        "share": part.share,
-        "bounds": hashlib.sha256(np.ascontiguousarray(reader.bounds)).hexdigest(),
-        "sample": hashlib.sha256(np.ascontiguousarray(reader.tokens[places])).hexdigest(),
-        "mask": part.samples.mask.name,
-    }

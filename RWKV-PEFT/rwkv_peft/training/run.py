@@ -13,11 +13,9 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
-from rwkv_peft.assembly import make_trainable
 from rwkv_peft.config import RunConfig
 from rwkv_peft.data.datamodule import BinidxDataModule
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.model.init import model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.ops.wkv6 import active_backend
 from rwkv_peft.training.allocator import keep_freed_pages
@@ -26,7 +24,7 @@ from rwkv_peft.training.fit import fit
 from rwkv_peft.training.launch import check_launch
 from rwkv_peft.training.lock import check_unlocked
 from rwkv_peft.training.loggers import check_loggers
-from rwkv_peft.training.memory import Expected
+from rwkv_peft.training.memory import Expected, model_on_its_way
 from rwkv_peft.training.prepare import prepare
 from rwkv_peft.training.report import LeavesReport
 from rwkv_peft.training.resume import (
@@ -34,12 +32,12 @@ from rwkv_peft.training.resume import (
     check_settings,
     find_checkpoint,
     inputs_of,
-    position_of,
+    nothing_left,
     start_of,
 )
 from rwkv_peft.training.samples import SampleTexts, read_prompts
 from rwkv_peft.training.saving import check_folder
-from rwkv_peft.training.strategy import device_type, devices_per_node, model_options, world_size
+from rwkv_peft.training.strategy import device_type, devices_per_node, world_size
 from rwkv_peft.training.validation import check_schedule, validation_lines
 
 
@@ -82,8 +80,8 @@ def run(config: RunConfig) -> None:
     backend = active_backend(device_type(config.train), config.train.wkv)
     summary = f"{_banner(config, prepared.model, data, expected)}\n{device_line(config, backend)}"
     say(summary)
-    if position_of(checkpoint).epoch >= config.data.epoch_count:
-        say(f"resume  nothing is left of {config.data.epoch_count} epochs; a larger --epoch_count would go on")
+    if reason := nothing_left(config, checkpoint):
+        say(f"resume  {reason}")
         return
     with LeavesReport(config, summary, trained_table(prepared.model), samples.samples) as report:
         fit(config, prepared, data, checkpoint, [report, samples])
@@ -91,8 +89,7 @@ def run(config: RunConfig) -> None:
 
 def _dry_run(config: RunConfig) -> None:
     """Print the banner from shapes alone."""
-    model = model_on_meta(config.model, **model_options(config.train))
-    make_trainable(model, config.peft, config.train.train_type)
+    model = model_on_its_way(config)
     data = BinidxDataModule(config.data, config.model.vocab_size) if config.data.data_file else None
     say(_banner(config, model, data, announce_memory(config)))
 

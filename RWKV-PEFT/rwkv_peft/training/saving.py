@@ -30,8 +30,7 @@ def check_folder(folder: Path) -> None:
 def open_folder(folder: Path, config: RunConfig, prepared: Prepared, checkpoint: Path | None) -> None:
     """Make the run's folder, with its config, and the base where that was made here.
 
-    What an earlier run left there is replaced, unless the run goes on from a `checkpoint` of it. The metrics of the run
-    that another folder's checkpoint is of are copied.
+    What an earlier run left there is replaced, unless the run goes on from a `checkpoint` of it.
     """
     checkpoints = folder / FOLDER
     goes_on = checkpoint is not None and checkpoint.parent.resolve() == checkpoints.resolve()
@@ -40,17 +39,26 @@ def open_folder(folder: Path, config: RunConfig, prepared: Prepared, checkpoint:
         if (folder / "metrics.jsonl").exists() and not (goes_on or config.data.epoch_begin):
             lost = "its metrics, checkpoints, and epochs of the same number are replaced"
             say(f"note: {folder} holds an earlier run; {lost}")
+        if checkpoint is not None and not goes_on:
+            _take_over(checkpoint, folder)
         if not goes_on:
             remove_all(checkpoints)
         remove_leftovers(checkpoints)
         write_atomically(folder / "config.yaml", lambda temporary: write_yaml(config, temporary))
-        if checkpoint is not None and not goes_on:
-            earlier = checkpoint.parent.parent / "metrics.jsonl"
-            shutil.copyfile(earlier if earlier.exists() else os.devnull, folder / "metrics.jsonl")
     except (OSError, CheckpointError) as error:
         raise ConfigError("proj_dir", what=f"cannot be written: {error}") from error
     if prepared.new_base is not None:
         save_base(prepared.new_base, folder / "rwkv-init.pth")
+
+
+def _take_over(checkpoint: Path, folder: Path) -> None:
+    """Copy the metrics and the best adapter of the run that a checkpoint is of; none where it lies alone."""
+    (folder / "metrics.jsonl").unlink(missing_ok=True)
+    if checkpoint.parent.name == FOLDER:
+        run = checkpoint.parent.parent
+        for path in [run / "metrics.jsonl", *run.glob("rwkv-best.*")]:
+            if path.exists():
+                shutil.copyfile(path, folder / path.name)
 
 
 def to_save(prepared: Prepared) -> Mapping[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import nn
 from rwkv_peft.config import RunConfig
 from rwkv_peft.data.sampling import Part
 from rwkv_peft.data.validation_set import ValidationSet, same_documents
-from rwkv_peft.errors import ConfigError, UserError
+from rwkv_peft.errors import CheckpointError, ConfigError, UserError
 from rwkv_peft.training.banner import say
 from rwkv_peft.training.callbacks import StepCallback, StepRecorder
 from rwkv_peft.training.module import TrainingModule
@@ -77,10 +78,15 @@ class Validator(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs; it may be stored as JSON once a validation has been made."""
-        return {name: getattr(self, name) for name in ("best_loss", "best_step", "not_better", "last_step")}
+        numbers = {name: getattr(self, name) for name in ("best_loss", "best_step", "not_better", "last_step")}
+        return {**numbers, "data": self.data.identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in self.state_dict():
+        """Go on from `state_dict`; losses on other data say nothing of these."""
+        if state["data"] != self.data.identity:
+            say("note    the validation set is another than before: its losses begin anew")
+            return
+        for name in state.keys() - {"data"}:
             setattr(self, name, state[name])
 
     def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
@@ -95,9 +101,13 @@ class Validator(StepCallback):
             trainer.should_stop = True  # on every process: the loss is the same on all
             say(f"stopping early at step {module.step}: no better held-out loss in {self.not_better} validations")
 
-    def on_train_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        if self.last_step != module.step:
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """At the end of the run, before its last checkpoint."""
+        last = trainer.should_stop or trainer.current_epoch + 1 == trainer.max_epochs
+        if last and self.last_step != module.step:
             self.validate(trainer, module)
+
+    def on_train_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         kept = f": {self.best_path}" if self.best_path else ""
         say(f"best held-out loss {self.best_loss:.4f} at step {self.best_step}{kept}")
 
@@ -116,18 +126,23 @@ class Validator(StepCallback):
         is_best = loss < self.best_loss
         if is_best:
             self.best_loss, self.best_step, self.not_better = loss, module.step, 0
-            self.best_path = self.keep()
+            self.best_path = self._keep()
         self.recorder.leave_out(time.perf_counter() - began)
         perplexity = math.exp(min(loss, LARGEST_EXPONENT))
         metrics = ValidationMetrics(module.step, loss, perplexity, tokens, self.recorder.seconds())
         for consume in self.recorder.consumers:
             consume(metrics)
-        note = (
-            f"best so far, kept as {self.best_path.name}"
-            if is_best
-            else f"best {self.best_loss:.4f}, step {self.best_step}"
-        )
+        kept = f"kept as {self.best_path.name}" if self.best_path else "not kept"
+        note = f"best so far, {kept}" if is_best else f"best {self.best_loss:.4f}, step {self.best_step}"
         say(f"step {module.step}  held-out loss {loss:.4f}  perplexity {perplexity:.4g}  ({note})")
+
+    def _keep(self) -> Path | None:
+        """As for an epoch's file, a full disk costs a line and not the run."""
+        try:
+            return self.keep()
+        except CheckpointError as error:
+            sys.stderr.write(f"warning: {error} Training goes on.\n")
+            return None
 
 
 def held_out_mean(trainer: pl.Trainer, module: TrainingModule, data: ValidationSet) -> tuple[float, int]:
