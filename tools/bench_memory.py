@@ -1,7 +1,7 @@
 """Expected peak memory (training/memory.py) against what runs of train.py take, on a CPU.
 
 Each run is a process of its own; what counts is its peak of resident memory (VmHWM) above what it had after its
-imports. The weights are random, the data are random tokens.
+imports. The weights are random, the data are random tokens; a checkpoint is written while each next step runs.
 """
 
 from __future__ import annotations
@@ -111,7 +111,16 @@ def inputs(case: Case, folder: Path) -> list[str]:
 
 
 def flags_of(case: Case, folder: Path) -> list[str]:
-    common = ["--epoch_steps", "3", "--accelerator", "cpu", "--proj_dir", tempfile.mkdtemp(prefix="run-", dir=folder)]
+    common = [
+        "--epoch_steps",
+        "3",
+        "--save_every",
+        "1",
+        "--accelerator",
+        "cpu",
+        "--proj_dir",
+        tempfile.mkdtemp(prefix="run-", dir=folder),
+    ]
     return [*case.flags.split(), *inputs(case, folder), *common]
 
 

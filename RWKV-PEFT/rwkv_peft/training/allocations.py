@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ COUNTED_BLOCKS = (2, 3)
 """Of equal blocks so many are run; all the rest is one straight line."""
 
 HEAP_SHARE = 1.33
-"""What a block of less than LARGEST_ON_THE_HEAP takes on a CPU, relative to its size. glibc cannot put an aligned block
+"""What a block on the heap takes on a CPU, relative to its size. glibc cannot put an aligned block
 into a hole of its own size, and what a step keeps for longer lies between: measured after three steps, at blocks of 2
 to 4 MB (1.34 and 1.36 for blocks' activations), see docs/training.md."""
 
@@ -49,6 +50,8 @@ class Step:
     """Whether earlier batches' gradients are still there in the backward pass."""
     keeps_gradients: bool = True
     """Whether gradients stay where they arise, for the optimizer; DeepSpeed moves them away at once."""
+    mapped_from: int = LARGEST_ON_THE_HEAP
+    """Bytes from which a block on a CPU is not on the heap (allocator.py)."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def _run(model: RWKV6, step: Step) -> tuple[int, dict[str, int]]:
         quantise_base(model, step.quant)
         weights = ledger.live
         if step.device == "cpu":
-            ledger.cost = _on_the_heap
+            ledger.cost = partial(_on_the_heap, mapped_from=step.mapped_from)
         trained = [p for p in model.parameters() if p.requires_grad]
         ledger.take_most()
         if step.keeps_gradients:
@@ -168,8 +171,8 @@ def _run(model: RWKV6, step: Step) -> tuple[int, dict[str, int]]:
     return weights, parts
 
 
-def _on_the_heap(size: int) -> int:
-    return size if size >= LARGEST_ON_THE_HEAP else int(HEAP_SHARE * size)
+def _on_the_heap(size: int, mapped_from: int) -> int:
+    return size if size >= mapped_from else int(HEAP_SHARE * size)
 
 
 def _when_backward_reaches(block: nn.Module, call: Callable[[], None]) -> None:

@@ -76,10 +76,11 @@ def memory_lines(expected: Expected) -> list[str]:
     """The expected peak on each device, and what it is made of."""
     start = "" if expected.training >= expected.loading else ", while the base is read or made"
     lines = [f"memory  about {gigabytes(expected.peak)} on each device at the peak{start}; in training:"]
-    process = f", program {gigabytes(expected.process)}" if expected.process else ""
+    others = {"checkpoint": expected.checkpoint, "program": expected.process}
+    rest = "".join(f", {name} {gigabytes(size)}" for name, size in others.items() if size)
     lines.append(
         f"        weights {gigabytes(expected.weights)}, optimizer {gigabytes(expected.optimizer)}, "
-        f"activations and gradients {gigabytes(expected.step)}{process}"
+        f"activations and gradients {gigabytes(expected.step)}{rest}"
     )
     return lines
 

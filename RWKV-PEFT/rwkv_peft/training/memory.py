@@ -17,7 +17,7 @@ from torch import nn
 
 from rwkv_peft.assembly import make_trainable
 from rwkv_peft.checkpoint import load_base, time_states
-from rwkv_peft.config import RunConfig
+from rwkv_peft.config import RunConfig, TrainConfig
 from rwkv_peft.model.init import add_time_state, large_matrices, model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.peft.derived import DerivedLinear
@@ -25,6 +25,7 @@ from rwkv_peft.peft.injection import peft_layers
 from rwkv_peft.peft.lisa import LisaConfig
 from rwkv_peft.peft.registry import method_of
 from rwkv_peft.training.allocations import Step, count_step
+from rwkv_peft.training.allocator import LARGEST_ON_THE_HEAP, SMALLEST_OF_ITS_OWN
 from rwkv_peft.training.lisa import BlockDraw
 from rwkv_peft.training.strategy import WHOLE_BELOW, device_type, model_options, world_size
 
@@ -56,12 +57,14 @@ class Expected:
     """The most beside these in a step: activations kept for backward, gradients, temporaries."""
     loading: int
     """The most before training, while the base is read or made."""
+    checkpoint: int
+    """Copies of what trains and of its moments, on a CPU: training goes on while they are written."""
     process: int
     """The program's own growth."""
 
     @property
     def training(self) -> int:
-        return self.weights + self.optimizer + self.step + self.process
+        return self.weights + self.optimizer + self.step + self.checkpoint + self.process
 
     @property
     def peak(self) -> int:
@@ -100,6 +103,7 @@ def expect(config: RunConfig) -> Expected:
         optimizer=optimizer,
         step=max(step, updating),
         loading=loading,
+        checkpoint=trained + moments if device == "cpu" else 0,
         process=PROCESS[device],
     )
 
@@ -141,7 +145,13 @@ def _step(config: RunConfig, model: RWKV6, device: str, stage: int) -> Step:
         quant=config.peft.quant,
         accumulates=config.optim.accumulate_grad_batches > 1,
         keeps_gradients=not stage,
+        mapped_from=SMALLEST_OF_ITS_OWN if saves_memory(config.train) else LARGEST_ON_THE_HEAP,
     )
+
+
+def saves_memory(train: TrainConfig) -> bool:
+    """Whether the run recomputes, to need less memory."""
+    return bool(train.grad_cp or train.slice_tokens)
 
 
 def _trained_bytes(model: nn.Module) -> int:

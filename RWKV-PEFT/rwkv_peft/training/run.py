@@ -18,13 +18,13 @@ from rwkv_peft.data.datamodule import BinidxDataModule
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.ops.wkv6 import active_backend
-from rwkv_peft.training.allocator import keep_freed_pages
+from rwkv_peft.training.allocator import give_back_freed_pages, keep_freed_pages
 from rwkv_peft.training.banner import announce_memory, banner, device_line, say, trained_table
 from rwkv_peft.training.fit import fit
 from rwkv_peft.training.launch import check_launch
 from rwkv_peft.training.lock import check_unlocked
 from rwkv_peft.training.loggers import check_loggers
-from rwkv_peft.training.memory import Expected, model_on_its_way
+from rwkv_peft.training.memory import Expected, model_on_its_way, saves_memory
 from rwkv_peft.training.prepare import prepare
 from rwkv_peft.training.report import LeavesReport
 from rwkv_peft.training.resume import (
@@ -56,7 +56,7 @@ def run(config: RunConfig) -> None:
         _dry_run(config)
         return
     if device_type(config.train) == "cpu":
-        keep_freed_pages()
+        (give_back_freed_pages if saves_memory(config.train) else keep_freed_pages)()
     folder = Path(config.train.proj_dir)
     check_folder(folder)
     if rank_zero_only.rank == 0 and config.train.num_nodes == 1:  # before what takes time; `fit` takes it
