@@ -20,9 +20,11 @@ def main(argv: Sequence[str]) -> None:
 
         settings = with_demo_defaults(settings)
     config = cli.resolve(settings)
+    from rwkv_peft.training.launch import leave_group
     from rwkv_peft.training.run import run
 
     run(config)
+    leave_group()
 
 
 if __name__ == "__main__":

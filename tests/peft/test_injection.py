@@ -9,7 +9,7 @@ from rwkv_peft.assembly import add_adapter
 from rwkv_peft.config import PeftConfig
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.model.init import model_on_meta
-from rwkv_peft.peft.adapter_io import read_adapter
+from rwkv_peft.peft.adapter_io import FORMAT_VERSION, read_adapter
 from rwkv_peft.peft.injection import inject, mark_trainable, peft_layers, targeted
 from tests.helpers import TINY, lively_model
 
@@ -156,5 +156,5 @@ def test_damaged_adapter_files(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointError, match="found format None, expected format 2"):
+    with pytest.raises(CheckpointError, match=f"found format None, expected format {FORMAT_VERSION}"):
         read_adapter(path)

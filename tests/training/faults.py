@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from rwkv_peft import cli
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.training import strategy
+from rwkv_peft.training.launch import leave_group
 from rwkv_peft.training.run import run
 
 NAN_LOSS, INF_LOSS, INF_GRADIENT, SPIKE = "nan_loss", "inf_loss", "inf_gradient", "spike"
@@ -68,6 +69,7 @@ def main(file: str) -> None:
         on_this_rank = {int(call): fault for call, fault in plan.items()} if os.environ["RANK"] == "1" else {}
         with faults(on_this_rank), half_on_cpu():
             run(cli.resolve(cli.parse_args(flags)))
+    leave_group()
 
 
 if __name__ == "__main__":

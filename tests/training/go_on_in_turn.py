@@ -11,9 +11,12 @@ import signal
 import sys
 from pathlib import Path
 
+import torch
+
 from rwkv_peft import cli
 from rwkv_peft.training import strategy
 from rwkv_peft.training.callbacks import StepRecorder
+from rwkv_peft.training.launch import leave_group
 from rwkv_peft.training.run import run
 
 
@@ -34,6 +37,8 @@ def main() -> None:
         except SystemExit as stopped:  # in the main process
             code = stopped.code
         assert code in ((0, 143) if stop_at else (0,)), code
+        torch.distributed.barrier()  # the first process may still write a checkpoint
+    leave_group()
 
 
 if __name__ == "__main__":

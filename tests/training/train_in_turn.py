@@ -12,6 +12,7 @@ import torch
 
 from rwkv_peft import cli
 from rwkv_peft.training import strategy
+from rwkv_peft.training.launch import leave_group
 from rwkv_peft.training.run import run
 
 fit = pl.Trainer.fit
@@ -35,3 +36,4 @@ if __name__ == "__main__":
         config = cli.resolve(cli.parse_args(flags))
         folder = config.train.proj_dir
         run(config)
+    leave_group()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+import torch.distributed as dist
 from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from rwkv_peft.errors import ConfigError
@@ -19,6 +20,12 @@ class DeepSpeedEnvironment(LightningEnvironment):
 
     def node_rank(self) -> int:
         return int(os.environ["CROSS_RANK"])
+
+
+def leave_group() -> None:
+    """At the end of a program: threads of a process group that are alive then abort it, after all its work is done."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def check_launch(devices: int, num_nodes: int, environment: Mapping[str, str]) -> None:
