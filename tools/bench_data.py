@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gettext
+import itertools
 import json
 import os
 import random
@@ -69,12 +70,7 @@ CATALOGUES = "/usr/share"
 def english(size: int) -> Iterator[str]:
     """Python's documentation and library, in pieces, over again with a running number until there is enough."""
     pieces = [text[i : i + PIECE] for text in python_texts() for i in range(0, len(text), PIECE)]
-    number = 0
-    while size > 0:
-        text = f"{number}. {pieces[number % len(pieces)]}"
-        number += 1
-        size -= len(text.encode())
-        yield text
+    yield from numbered(pieces, size)
 
 
 def multilingual(size: int) -> Iterator[str]:
@@ -86,10 +82,15 @@ def multilingual(size: int) -> Iterator[str]:
     if len(pages) < 500:
         pages = [*made_up_pages(500)]
     random.Random(0).shuffle(pages)
-    number = 0
-    while size > 0:
+    yield from numbered(pages, size)
+
+
+def numbered(pages: Sequence[str], size: int) -> Iterator[str]:
+    """The pages over and over, each with a running number, until there are `size` bytes."""
+    for number in itertools.count():
+        if size <= 0:
+            return
         text = f"{number}. {pages[number % len(pages)]}"
-        number += 1
         size -= len(text.encode())
         yield text
 

@@ -5,12 +5,8 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """As in tests/ops: small operators on threads that share their cores wait far longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def on_one_thread(one_thread):
+    """See tests/conftest.py."""
 
 
 @pytest.fixture

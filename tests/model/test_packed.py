@@ -23,13 +23,8 @@ MIDDLE = slice(32, 40)
 """Row 0's document of 8 tokens."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The bounds are those of one order of sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
+"""The bounds are those of one order of sums."""
 
 
 def documents(row: int, seed: int = 0) -> list[Tensor]:
@@ -88,41 +83,35 @@ def loss_one_by_one(model: RWKV6) -> Tensor:
     return total / count
 
 
+def assert_as_alone(model, of_loss: float, of_gradients: float) -> None:
+    """Loss and gradients of the packed rows are those of each document alone, within relative errors."""
+    found, expected = packed_loss(model), loss_one_by_one(model)
+    assert relative_error(found, expected) < of_loss
+    alone = gradients(model, expected)
+    for name, grad in gradients(model, found).items():
+        assert alone[name].abs().max() > 0, name
+        assert relative_error(grad, alone[name]) < of_gradients, name
+
+
 @pytest.mark.parametrize("grad_cp", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", ["none", "bone", "lora"])
 def test_loss_and_gradients_equal_each_document_alone(method, backend, grad_cp):
-    model = model_for(method, backend, grad_cp=grad_cp)
-    found, expected = packed_loss(model), loss_one_by_one(model)
-    assert relative_error(found, expected) < 1e-6
-    alone = gradients(model, expected)
-    for name, grad in gradients(model, found).items():
-        assert alone[name].abs().max() > 0, name
-        assert relative_error(grad, alone[name]) < 5e-6, name
+    assert_as_alone(model_for(method, backend, grad_cp=grad_cp), 1e-6, 5e-6)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("method", ["none", "bone", "lora"])
 def test_the_same_in_float64(method, backend):
     """Where rounding cannot hide anything."""
-    model = model_for(method, backend, torch.float64)
-    found, expected = packed_loss(model), loss_one_by_one(model)
-    assert relative_error(found, expected) < 1e-12
-    alone = gradients(model, expected)
-    for name, grad in gradients(model, found).items():
-        assert relative_error(grad, alone[name]) < 1e-12, name
+    assert_as_alone(model_for(method, backend, torch.float64), 1e-12, 1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("method", ["none", "bone", "lora"])
 def test_the_same_in_bf16(method, backend):
     """Where the same numbers are rounded, other sums go into them: 3e-2 at most, measured, on time_faaaa."""
-    model = model_for(method, backend, torch.bfloat16)
-    found, expected = packed_loss(model), loss_one_by_one(model)
-    assert relative_error(found, expected) < 1e-3
-    alone = gradients(model, expected)
-    for name, grad in gradients(model, found).items():
-        assert relative_error(grad, alone[name]) < 5e-2, name
+    assert_as_alone(model_for(method, backend, torch.bfloat16), 1e-3, 5e-2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,6 +7,7 @@ none at all. An epoch's last batch is filled up, and its last optimizer step is 
 from __future__ import annotations
 
 import json
+import typing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from rwkv_peft import cli
 from rwkv_peft.assembly import add_adapter
 from rwkv_peft.checkpoint import load_base
-from rwkv_peft.config import RunConfig
+from rwkv_peft.config import RunConfig, TrainConfig
 from rwkv_peft.data.binidx_writer import BinidxWriter
 from rwkv_peft.data.datamodule import BinidxDataModule
 from rwkv_peft.data.tokenizer import load_tokenizer
@@ -31,14 +32,7 @@ from tests.training.pairs import in_a_pair
 
 DOCUMENTS = 57
 STEPS = 20
-STRATEGIES = [
-    "ddp",
-    "deepspeed_stage_1",
-    "deepspeed_stage_2",
-    "deepspeed_stage_3",
-    "deepspeed_stage_2_offload",
-    "deepspeed_stage_3_offload",
-]
+STRATEGIES = [name for name in typing.get_args(typing.get_type_hints(TrainConfig)["strategy"]) if name != "auto"]
 HEAD_TOO = ["--peft_targets", "att", "head", "--bone_config", '{"r":1}']
 """Its 257 rows have no other divisor."""
 TRAINED = 2 * (7 * 64 * 16 + 128 * 16)

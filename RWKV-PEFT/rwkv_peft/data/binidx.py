@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from rwkv_peft.data.mask_file import check_mask, map_mask
+from rwkv_peft.data.tokenizer import same_tokenizer
 from rwkv_peft.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -108,6 +109,23 @@ class BinidxReader:
     @property
     def dtype(self) -> np.dtype:
         return self.tokens.dtype
+
+
+def check_tokenizer(reader: BinidxReader, expected: Mapping[str, str] | None, whose: str) -> None:
+    """Raise DataError where a pair and something else (`whose`) both know their tokenizers, and these are two."""
+    if expected is None or reader.meta is None or same_tokenizer(reader.meta.tokenizer, expected):
+        return
+    raise DataError(
+        reader.prefix,
+        f"made with another tokenizer than {whose}",
+        found=_named(reader.meta.tokenizer),
+        expected=_named(expected),
+        hint="Convert the text again with that tokenizer (tools/json2binidx.py --tokenizer).",
+    )
+
+
+def _named(identity: Mapping[str, str]) -> str:
+    return f"{identity['name']} (sha256 {identity['sha256'][:12]})"
 
 
 def find_prefix(data_file: str) -> str:

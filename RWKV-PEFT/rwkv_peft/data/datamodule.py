@@ -14,13 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxMeta, BinidxReader
+from rwkv_peft.data.binidx import BinidxMeta, BinidxReader, check_tokenizer
 from rwkv_peft.data.mixture import open_source
 from rwkv_peft.data.sampling import DataPlan, Part, Source, make_plan
-from rwkv_peft.data.tokenizer import same_tokenizer
 from rwkv_peft.data.validation_set import ValidationSet, open_validation
 from rwkv_peft.data.windows import WindowLoader
-from rwkv_peft.errors import DataError
 
 SampleKey = tuple[int, int]
 """(epoch, index of the sample in it). Carrying the epoch in the key keeps it out of the data set's state."""
@@ -77,10 +75,10 @@ class BinidxDataModule(pl.LightningDataModule):
             return
         source = open_source(self.config, self._vocab_size)
         for part in source.parts:
-            _check_identity(part.samples.reader, self._expected_identity)
+            check_tokenizer(part.samples.reader, self._expected_identity, "the adapter's")
         self.validation = open_validation(self.config, self._vocab_size, source.parts)
         for samples in self.validation.parts if self.validation else ():
-            _check_identity(samples.reader, self._expected_identity)
+            check_tokenizer(samples.reader, self._expected_identity, "the adapter's")
         self._samples = source
 
     @property
@@ -122,22 +120,6 @@ class BinidxDataModule(pl.LightningDataModule):
         if self._samples is None:
             raise RuntimeError("call setup() first")
         return self._samples
-
-
-def _check_identity(reader: BinidxReader, expected: Mapping[str, str] | None) -> None:
-    if expected is None or reader.meta is None or same_tokenizer(reader.meta.tokenizer, expected):
-        return
-    raise DataError(
-        reader.prefix,
-        "made with another tokenizer than the adapter's",
-        found=_named(reader.meta.tokenizer),
-        expected=_named(expected),
-        hint="Convert the text again with that tokenizer (tools/json2binidx.py --tokenizer).",
-    )
-
-
-def _named(identity: Mapping[str, str]) -> str:
-    return f"{identity['name']} (sha256 {identity['sha256'][:12]})"
 
 
 class SampleDataset(Dataset[dict[str, np.ndarray]]):

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxReader
+from rwkv_peft.data.binidx import BinidxReader, check_tokenizer
 from rwkv_peft.data.held_out import training_part
 from rwkv_peft.data.json_pairs import pairs_of
 from rwkv_peft.data.order import philox
 from rwkv_peft.data.sampling import Part, Samples, Source, check_ids
-from rwkv_peft.data.tokenizer import same_tokenizer
-from rwkv_peft.errors import DataError
 
 RESOLUTION = 1000
 """Places of a block, at most: shares that no smaller block gives exactly are rounded to thousandths."""
@@ -40,16 +38,9 @@ def open_source(config: DataConfig, vocab_size: int) -> Source:
 
 
 def _check_one_tokenizer(readers: Sequence[BinidxReader]) -> None:
-    known = [reader for reader in readers if reader.meta is not None]
-    for other in known[1:]:
-        if not same_tokenizer(known[0].meta.tokenizer, other.meta.tokenizer):
-            raise DataError(
-                other.prefix,
-                "made with another tokenizer than the first --data_file",
-                found=other.meta.tokenizer["name"],
-                expected=known[0].meta.tokenizer["name"],
-                hint="Convert the text again with one tokenizer (tools/json2binidx.py --tokenizer).",
-            )
+    known = next((reader.meta.tokenizer for reader in readers if reader.meta is not None), None)
+    for reader in readers:
+        check_tokenizer(reader, known, "the first --data_file")
 
 
 class MixedSamples:

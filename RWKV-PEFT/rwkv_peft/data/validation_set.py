@@ -5,7 +5,7 @@ B = micro_bsz, T = ctx_len.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxReader, find_prefix
+from rwkv_peft.data.binidx import BinidxReader, check_tokenizer, find_prefix
 from rwkv_peft.data.held_out import DocumentSubset
 from rwkv_peft.data.identity import identity_of
 from rwkv_peft.data.json_pairs import pairs_of
 from rwkv_peft.data.pickers import Windows
 from rwkv_peft.data.sampling import Part, Samples
-from rwkv_peft.data.tokenizer import same_tokenizer
 from rwkv_peft.errors import DataError
 
 OFF = ("none",)
@@ -117,7 +116,7 @@ def open_validation(config: DataConfig, vocab_size: int, training: Sequence[Part
     readers = [BinidxReader(prefix) for prefix, _ in pairs_of(replace(config, data_file=prefixes))]
     known = next((part.samples.reader.meta for part in training if part.samples.reader.meta), None)
     for reader in readers:
-        _check_tokenizer(reader, known.tokenizer if known else None)
+        check_tokenizer(reader, known.tokenizer if known else None, "--data_file")
     return ValidationSet(readers, config, vocab_size, origin)
 
 
@@ -137,18 +136,6 @@ def _beside(config: DataConfig) -> tuple[str, ...]:
         return ()
     prefix = find_prefix(config.sources[0][0]) + "_val"
     return (prefix,) if Path(prefix + ".idx").exists() else ()
-
-
-def _check_tokenizer(reader: BinidxReader, expected: Mapping[str, str] | None) -> None:
-    if expected is None or reader.meta is None or same_tokenizer(reader.meta.tokenizer, expected):
-        return
-    raise DataError(
-        reader.prefix,
-        "made with another tokenizer than --data_file",
-        found=reader.meta.tokenizer["name"],
-        expected=expected["name"],
-        hint="Convert the text again with that tokenizer (tools/json2binidx.py --tokenizer).",
-    )
 
 
 def same_documents(validation: ValidationSet, training: Sequence[Part]) -> str | None:

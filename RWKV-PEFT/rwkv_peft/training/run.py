@@ -55,8 +55,10 @@ def run(config: RunConfig) -> None:
     if config.train.dry_run:
         _dry_run(config)
         return
-    if device_type(config.train) == "cpu":
-        (give_back_freed_pages if saves_memory(config.train) else keep_freed_pages)()
+    if device_type(config.train) == "cpu" and saves_memory(config.train):
+        give_back_freed_pages()
+    elif device_type(config.train) == "cpu":
+        keep_freed_pages()
     folder = Path(config.train.proj_dir)
     check_folder(folder)
     if rank_zero_only.rank == 0 and config.train.num_nodes == 1:  # before what takes time; `fit` takes it
