@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "RWKV-PEFT" / "rwkv_peft"
 
 LEVELS = [
-    {"errors"},
+    {"errors", "files"},
     {"config"},
     {"config_file", "checkpoint", "ops"},
     {"model", "peft", "data"},

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rwkv_peft.config import ModelConfig
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.files import sync_folder
 
 UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError,
@@ -248,23 +249,12 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError, SafetensorError) as error:  # writers have their own ways to report a full disk
         raise CheckpointError(str(path), f"cannot be written ({_first_line(error)})") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the folder itself, in which the new name is; Windows has no such thing."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _first_line(error: Exception) -> str:

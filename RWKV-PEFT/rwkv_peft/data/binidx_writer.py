@@ -18,6 +18,7 @@ import numpy as np
 from rwkv_peft.data.binidx import HEADER, MAGIC, META_VERSION, SUFFIXES, VERSION, BinidxMeta
 from rwkv_peft.data.temporary import temporary
 from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.files import sync_folder
 
 
 class BinidxWriter:
@@ -148,12 +149,12 @@ class BinidxWriter:
 
     def replace_old_pair(self) -> None:
         for suffix in SUFFIXES:
-            _sync_folder(self._folder)  # the order on disk must be the order here
+            sync_folder(self._folder)  # the order on disk must be the order here
             if suffix == ".mask.bin" and self._mask is None:
                 Path(self.prefix + suffix).unlink(missing_ok=True)
             else:
                 self._temporary(suffix).replace(self.prefix + suffix)
-        _sync_folder(self._folder)
+        sync_folder(self._folder)
 
     def _index_bytes(self) -> bytes:
         sizes = self.sizes
@@ -220,11 +221,3 @@ def _sync_and_close(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -36,7 +36,7 @@ class History:
         return [(step, smooth(loss)) for step, loss in self.points("loss")]
 
     def typical(self, name: str) -> float | None:
-        """The median over the steps but a process's first, which is slower; None where there are none."""
+        """The median over the steps but the first of each clock, which is slower; None where there are none."""
         rows = [row for row in self.steps if not row["first"]] or self.steps
         values = [row[name] for row in rows if is_number(row.get(name))]
         return median(values) if values else None
