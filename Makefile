@@ -10,7 +10,7 @@ demo: .venv/.runtime
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2
 
-# With what `make test` does a part of only: all kills of tests/training/test_kills.py.
+# With what `make test` does a part of only: all kills of tests/training/checkpoint/test_kills.py.
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --all-kills
 

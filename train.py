@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "RWKV-PEFT"))
 
-from rwkv_peft import cli
+from rwkv_peft.config import flags as cli
 from rwkv_peft.errors import exit_with_message
 
 
@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
 
         settings = with_demo_defaults(settings)
     config = cli.resolve(settings)
-    from rwkv_peft.training.launch import leave_group
+    from rwkv_peft.training.distributed.launch import leave_group
     from rwkv_peft.training.run import run
 
     run(config)

@@ -31,7 +31,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    from rwkv_peft.assembly import load_plain, load_with_adapter
+    from rwkv_peft.adapted_model import load_plain, load_with_adapter
     from rwkv_peft.data.tokenizer import load_tokenizer
     from rwkv_peft.inference.generate import generate
 

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
 
 def compare() -> tuple[float, float]:
     """Sample from the base and from the merged model, and measure both on problems neither has seen."""
-    from rwkv_peft.assembly import load_plain
+    from rwkv_peft.adapted_model import load_plain
     from rwkv_peft.data.tokenizer import load_tokenizer
     from rwkv_peft.evaluation.loss import held_out_loss
     from rwkv_peft.inference.generate import generate

@@ -7,7 +7,7 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-kills", action="store_true", help="all 50 kills of tests/training/test_kills.py")
+    parser.addoption("--all-kills", action="store_true", help="all 50 kills of tests/training/checkpoint/test_kills.py")
 
 
 @pytest.fixture

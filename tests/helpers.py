@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rwkv_peft.checkpoint import save_base
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.base_model import save_base
+from rwkv_peft.config.sections import ModelConfig
 from rwkv_peft.model.init import model_from_scratch
 from rwkv_peft.model.rwkv6 import RWKV6
 

@@ -6,8 +6,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from rwkv_peft.cli import build_parser, field_docs
-from rwkv_peft.config import SECTIONS
+from rwkv_peft.config.flags import build_parser, field_docs
+from rwkv_peft.config.sections import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

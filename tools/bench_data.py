@@ -32,11 +32,11 @@ import numpy as np
 from bench_rows import bench_packing, bench_reading, write_chat_like
 
 from demo.corpus import python_texts
-from rwkv_peft.data.binidx_writer import BinidxWriter
-from rwkv_peft.data.convert import Options, convert
-from rwkv_peft.data.encode import pack_ids
-from rwkv_peft.data.records import Layout, parse
-from rwkv_peft.data.sources import read_chunks
+from rwkv_peft.data.binidx.writer import BinidxWriter
+from rwkv_peft.data.convert.conversion import Options, convert
+from rwkv_peft.data.convert.encode import pack_ids
+from rwkv_peft.data.convert.records import Layout, parse
+from rwkv_peft.data.convert.sources import read_chunks
 from rwkv_peft.data.tokenizer import WorldTokenizer
 from rwkv_peft.errors import exit_with_message
 

@@ -1,4 +1,4 @@
-"""Expected peak memory (training/memory.py) against what runs of train.py take, on a CPU.
+"""Expected peak memory (memory/estimate.py) against what runs of train.py take, on a CPU.
 
 Each run is a process of its own; what counts is its peak of resident memory (VmHWM) above what it had after its
 imports. The weights are random, the data are random tokens; a checkpoint is written while each next step runs.
@@ -23,14 +23,14 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from rwkv_peft import cli
-from rwkv_peft.checkpoint import save_base
-from rwkv_peft.config import ModelConfig
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.base_model import save_base
+from rwkv_peft.config import flags as cli
+from rwkv_peft.config.sections import ModelConfig
+from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError, exit_with_message
+from rwkv_peft.memory.estimate import expect
 from rwkv_peft.model.init import model_on_meta
-from rwkv_peft.training.memory import expect
 from rwkv_peft.training.run import run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -19,17 +19,18 @@ sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.config import PUBLIC_SHAPES, ModelConfig, PeftConfig
+from rwkv_peft.config.sections import PUBLIC_SHAPES, ModelConfig, PeftConfig
 from rwkv_peft.errors import UserError, exit_with_message
+from rwkv_peft.memory.allocator import keep_freed_pages
 from rwkv_peft.model.rwkv6 import Block
 from rwkv_peft.model.state import first_state
-from rwkv_peft.ops import mix, mix_reference
 from rwkv_peft.ops.cross_entropy import linear_cross_entropy
-from rwkv_peft.ops.reference import masked_cross_entropy
-from rwkv_peft.ops.wkv6 import wkv6
-from rwkv_peft.ops.wkv6_fla import load_fla
+from rwkv_peft.ops.mix import op as mix
+from rwkv_peft.ops.mix import reference as mix_reference
+from rwkv_peft.ops.wkv6.fla import load_fla
+from rwkv_peft.ops.wkv6.op import wkv6
+from rwkv_peft.ops.wkv6.reference import masked_cross_entropy
 from rwkv_peft.peft.injection import inject
-from rwkv_peft.training.allocator import keep_freed_pages
 
 METHODS = {
     "LoRA r=32": ("lora", {"r": 32}),

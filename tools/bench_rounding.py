@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rwkv_peft.errors import exit_with_message
 from rwkv_peft.ops import products
-from rwkv_peft.ops.block_affine import block_affine_delta, bone_col, bone_left, bone_materialized, bone_row
+from rwkv_peft.ops.bone.layouts import block_affine_delta, bone_col, bone_left, bone_materialized, bone_row
 from rwkv_peft.ops.low_rank import lora_linear
 
 WIDTH, ROWS, BLOCK, RANK = 1024, 4096, 64, 32

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rwkv_peft.assembly import add_adapter
-from rwkv_peft.config import DataConfig, ModelConfig, OptimConfig, PeftConfig
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.adapted_model import add_adapter
+from rwkv_peft.config.sections import DataConfig, ModelConfig, OptimConfig, PeftConfig
+from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.datamodule import BinidxDataModule
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.model.init import model_from_scratch
-from rwkv_peft.peft.bone import BoneConfig
-from rwkv_peft.training.optim import build_optimizer
+from rwkv_peft.peft.methods.bone import BoneConfig
+from rwkv_peft.training.optim.optimizer import build_optimizer
 
 MODES = ("get", "walk", "pad", "only", "pack")
 MEDIAN, SPREAD = 300, np.log(5) / 1.645

@@ -26,17 +26,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from rwkv_peft.assembly import add_adapter
-from rwkv_peft.config import PUBLIC_SHAPES, ModelConfig, OptimConfig, PeftConfig
+from rwkv_peft.adapted_model import add_adapter
+from rwkv_peft.config.sections import PUBLIC_SHAPES, ModelConfig, OptimConfig, PeftConfig
 from rwkv_peft.errors import UserError, exit_with_message
+from rwkv_peft.memory.allocator import keep_freed_pages
 from rwkv_peft.model.init import model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.peft.injection import targeted
-from rwkv_peft.peft.lisa import LisaConfig
-from rwkv_peft.training.allocator import keep_freed_pages
-from rwkv_peft.training.gradients import mean_gradients
-from rwkv_peft.training.lisa import BlockDraw
-from rwkv_peft.training.optim import build_optimizer
+from rwkv_peft.peft.methods.lisa import LisaConfig
+from rwkv_peft.training.optim.initial_gradients import mean_gradients
+from rwkv_peft.training.optim.lisa import BlockDraw
+from rwkv_peft.training.optim.optimizer import build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LORA = "LoRA"

@@ -14,8 +14,8 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 
-from rwkv_peft.cli import Parser, add_section
-from rwkv_peft.config import DataConfig
+from rwkv_peft.config.flags import Parser, add_section
+from rwkv_peft.config.sections import DataConfig
 from rwkv_peft.errors import ConfigError, exit_with_message
 
 EPILOG = """What trains is highlighted on a terminal, and stands in double brackets elsewhere. The data flags are those
@@ -52,12 +52,12 @@ def main(argv: Sequence[str]) -> int:
 
 def report(args: argparse.Namespace) -> Iterator[str]:
     """What the flags ask for, a part at a time; a mistake in them comes before the first part."""
-    from rwkv_peft.data import inspection
-    from rwkv_peft.data.binidx import BinidxReader
-    from rwkv_peft.data.held_out import training_part
-    from rwkv_peft.data.json_pairs import pairs_of
-    from rwkv_peft.data.sampling import Samples
-    from rwkv_peft.data.token_view import TokenView
+    from rwkv_peft.data.binidx.reader import BinidxReader
+    from rwkv_peft.data.convert.json_pairs import pairs_of
+    from rwkv_peft.data.inspect import summary as inspection
+    from rwkv_peft.data.inspect.token_view import TokenView
+    from rwkv_peft.data.rows.held_out import training_part
+    from rwkv_peft.data.rows.sampling import Samples
 
     config = data_config(args)
     reader = BinidxReader(pairs_of(config)[0][0])
@@ -87,7 +87,7 @@ def data_config(args: argparse.Namespace) -> DataConfig:
     for name, least in (("batches", 0), ("vocab_size", 1)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ConfigError(name, found=value, expected=f"an integer of at least {least}")
-    from rwkv_peft.data.sources import is_text_data
+    from rwkv_peft.data.convert.sources import is_text_data
 
     given = {spec.name: getattr(args, spec.name) for spec in fields(DataConfig) if hasattr(args, spec.name)}
     if given["tokenizer"] is None:

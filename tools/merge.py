@@ -39,9 +39,9 @@ def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     import torch
 
-    from rwkv_peft.cli import parse_options
-    from rwkv_peft.config import PeftConfig
-    from rwkv_peft.inference.merge import is_tuned_state, merge, merge_state
+    from rwkv_peft.config.flags import parse_options
+    from rwkv_peft.config.sections import PeftConfig
+    from rwkv_peft.export.merge import is_tuned_state, merge, merge_state
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype)
     is_pth = args.adapter.endswith(".pth")

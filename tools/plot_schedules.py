@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 
-from rwkv_peft.config import OptimConfig
+from rwkv_peft.config.sections import OptimConfig
 from rwkv_peft.errors import UserError, exit_with_message
-from rwkv_peft.training.schedule import SCHEDULES, learning_rate
+from rwkv_peft.training.optim.schedule import SCHEDULES, learning_rate
 
 STEPS, WARMUP, LR_INIT, LR_FINAL = 1000, 50, 1e-4, 1e-6
 

@@ -1,4 +1,4 @@
-"""Files that must survive a power cut. Apart from `checkpoint.py`, so that the converter does without torch."""
+"""Files that must survive a power cut. Apart from `base_model.py`, so that the converter does without torch."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.binidx.writer import BinidxWriter
 from tests.data.pairs import IdsOnly
 
 WritePair = Callable[..., str]

@@ -9,9 +9,9 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from rwkv_peft.config import DataConfig
+from rwkv_peft.config.sections import DataConfig
 from rwkv_peft.data.datamodule import BinidxDataModule, SampleDataset
-from rwkv_peft.data.sampling import Samples
+from rwkv_peft.data.rows.sampling import Samples
 from rwkv_peft.errors import ConfigError, DataError
 from tests.data.pairs import IdsOnly
 

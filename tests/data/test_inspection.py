@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_peft.config import DataConfig
-from rwkv_peft.data import inspection, mask_file
-from rwkv_peft.data.binidx import BinidxReader
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.config.sections import DataConfig
+from rwkv_peft.data.binidx import mask_file
+from rwkv_peft.data.binidx.reader import BinidxReader
+from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.datamodule import BinidxDataModule
-from rwkv_peft.data.inspection import Vocabulary, batches, check, find_vocabulary, histogram, parse_documents
-from rwkv_peft.data.sampling import Samples
-from rwkv_peft.data.token_view import TokenView, safe
+from rwkv_peft.data.inspect import summary as inspection
+from rwkv_peft.data.inspect.summary import Vocabulary, batches, check, find_vocabulary, histogram, parse_documents
+from rwkv_peft.data.inspect.token_view import TokenView, safe
+from rwkv_peft.data.rows.sampling import Samples
 from rwkv_peft.data.tokenizer import BytesTokenizer, WorldTokenizer
 from rwkv_peft.errors import ConfigError, DataError
 from tests.data.pairs import index_bytes, write_files, write_mask

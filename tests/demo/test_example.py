@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from demo import corpus, example
-from rwkv_peft import cli
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.config import flags as cli
+from rwkv_peft.config.sections import ModelConfig
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.evaluation.loss import held_out_loss
 from tests.helpers import lively_model, with_shape

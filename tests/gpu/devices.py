@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_peft.ops.wkv6_fla import load_fla
+from rwkv_peft.ops.wkv6.fla import load_fla
 from tests.helpers import relative_error
 
 FP32_FLOOR = 2e-6

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rwkv_peft.config import PeftConfig
+from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.ops.cross_entropy import linear_cross_entropy
-from rwkv_peft.ops.reference import masked_cross_entropy
+from rwkv_peft.ops.wkv6.reference import masked_cross_entropy
 from rwkv_peft.peft.base import PeftLinear
 from rwkv_peft.peft.injection import inject
 from tests.gpu.devices import assert_as_good_as_plain, assert_rounded_once, each_device

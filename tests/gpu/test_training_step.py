@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.assembly import add_adapter
-from rwkv_peft.config import OptimConfig, PeftConfig
+from rwkv_peft.adapted_model import add_adapter
+from rwkv_peft.config.sections import OptimConfig, PeftConfig
 from rwkv_peft.model.init import model_from_state
 from rwkv_peft.model.rwkv6 import RWKV6, TimeMix
 from rwkv_peft.ops.cross_entropy import linear_cross_entropy
-from rwkv_peft.ops.reference import masked_cross_entropy
-from rwkv_peft.training.optim import build_optimizer
+from rwkv_peft.ops.wkv6.reference import masked_cross_entropy
+from rwkv_peft.training.optim.optimizer import build_optimizer
 from tests.gpu.devices import assert_as_good_as_plain, assert_rounded_once, each_backend, skip_without
 from tests.helpers import TINY, lively_model
 

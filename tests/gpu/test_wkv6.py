@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_peft.ops import wkv6 as wkv6_module
-from rwkv_peft.ops.reference import wkv6_reference
-from rwkv_peft.ops.wkv6 import wkv6
+from rwkv_peft.ops.wkv6 import op as wkv6_module
+from rwkv_peft.ops.wkv6.op import wkv6
+from rwkv_peft.ops.wkv6.reference import wkv6_reference
 from tests.gpu.devices import FP32_FLOOR, assert_as_good_as_plain, each_backend, each_device, skip_without
-from tests.ops.wkv6_cases import assert_close, make_inputs, make_output_grads, outputs_and_grads, reference_results
+from tests.ops.wkv6.wkv6_cases import assert_close, make_inputs, make_output_grads, outputs_and_grads, reference_results
 
 SIZES = [(32, 1), (32, 301), (64, 37), (64, 129), (128, 65)]
 """(N, T): odd lengths, one token, several chunks of every backend."""

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_peft.assembly import add_adapter
-from rwkv_peft.config import PeftConfig
+from rwkv_peft.adapted_model import add_adapter
+from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.model.init import model_from_state
 from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.peft.prompt import PromptConfig, add_prompt
-from rwkv_peft.training.gradients import mean_gradients
+from rwkv_peft.peft.methods.prompt import PromptConfig, add_prompt
 from rwkv_peft.training.infctx import sliced_loss
+from rwkv_peft.training.optim.initial_gradients import mean_gradients
 from tests.helpers import TINY, lively_model, relative_error
 
 LENGTHS = ([7, 1, 1, 23, 8, 30, 16], [33, 2, 16, 34, 1])

@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from rwkv_peft.checkpoint import load_base, shape_of
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.base_model import load_base, shape_of
+from rwkv_peft.config.sections import ModelConfig
 from rwkv_peft.model.init import model_from_scratch, model_from_state, model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
 from tests.helpers import TINY, lively_model, relative_error, with_shape, write_base

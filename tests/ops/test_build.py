@@ -131,7 +131,7 @@ def test_importing_builds_nothing(tmp_path):
         "PYTHONPATH": str(Path(build.__file__).parents[2]),
         "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
     }
-    subprocess.run([sys.executable, "-c", "import rwkv_peft.ops.wkv6"], env=env, check=True)
+    subprocess.run([sys.executable, "-c", "import rwkv_peft.ops.wkv6.op"], env=env, check=True)
     assert not (tmp_path / "extensions").exists()
 
 

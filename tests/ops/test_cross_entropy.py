@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from rwkv_peft.ops import cross_entropy
 from rwkv_peft.ops.cross_entropy import linear_cross_entropy
-from rwkv_peft.ops.reference import masked_cross_entropy
+from rwkv_peft.ops.wkv6.reference import masked_cross_entropy
 from tests.helpers import relative_error
 
 

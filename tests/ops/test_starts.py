@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_peft.ops import mix, mix_reference
-from rwkv_peft.ops.mix_native import load_native
-from rwkv_peft.ops.reference import wkv6_reference
-from rwkv_peft.ops.wkv6 import wkv6
+from rwkv_peft.ops.mix import op as mix
+from rwkv_peft.ops.mix import reference as mix_reference
+from rwkv_peft.ops.mix.native import load_native
+from rwkv_peft.ops.wkv6.op import wkv6
+from rwkv_peft.ops.wkv6.reference import wkv6_reference
 from tests.helpers import relative_error
-from tests.ops.test_mix import RANK
-from tests.ops.test_mix import make_inputs as mix_inputs
-from tests.ops.wkv6_cases import NAMES, assert_close, make_inputs, make_output_grads, outputs_and_grads
+from tests.ops.mix.test_mix import RANK
+from tests.ops.mix.test_mix import make_inputs as mix_inputs
+from tests.ops.wkv6.wkv6_cases import NAMES, assert_close, make_inputs, make_output_grads, outputs_and_grads
 
 BACKENDS = ("native", "torch", "reference")
 MIXES = ("ddlerp", "shift_lerp")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rwkv_peft.assembly import add_adapter
-from rwkv_peft.config import ModelConfig, PeftConfig
+from rwkv_peft.adapted_model import add_adapter
+from rwkv_peft.config.sections import ModelConfig, PeftConfig
 from rwkv_peft.model.init import model_on_meta
 from rwkv_peft.peft import inject
 from rwkv_peft.peft.registry import METHODS

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from rwkv_peft.config import PeftConfig
+from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.peft import inject
-from rwkv_peft.peft.bone import MODES
 from rwkv_peft.peft.injection import adapter_parameters, peft_layers
+from rwkv_peft.peft.methods.bone import MODES
 from rwkv_peft.peft.registry import METHODS
 from tests.helpers import relative_error
 from tests.peft.llama import TARGETS, perturb, small_llama, tokens, weight_gradients

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_peft.config import PeftConfig
+from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.ops import cross_entropy
-from rwkv_peft.ops.reference import masked_cross_entropy
+from rwkv_peft.ops.wkv6.reference import masked_cross_entropy
 from rwkv_peft.peft.injection import inject, peft_layers
 from tests.helpers import TINY, lively_model, relative_error
 from tests.peft import definitions

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rwkv_peft.assembly import add_adapter
-from rwkv_peft.config import PeftConfig
+from rwkv_peft.adapted_model import add_adapter
+from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.model.init import model_on_meta
-from rwkv_peft.peft.adapter_io import FORMAT_VERSION, read_adapter
+from rwkv_peft.peft.adapter_file import FORMAT_VERSION, read_adapter
 from rwkv_peft.peft.injection import inject, mark_trainable, peft_layers, targeted
 from tests.helpers import TINY, lively_model
 

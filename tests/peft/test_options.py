@@ -7,9 +7,9 @@ from dataclasses import MISSING, fields
 import pytest
 import torch
 
-from rwkv_peft.assembly import add_adapter, warm_start
-from rwkv_peft.checkpoint import save_base
-from rwkv_peft.config import PeftConfig
+from rwkv_peft.adapted_model import add_adapter, warm_start
+from rwkv_peft.base_model import save_base
+from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.peft.injection import inject, peft_layers
 from rwkv_peft.peft.registry import METHODS, canonical, method_config

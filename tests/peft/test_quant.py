@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.ops import products
-from rwkv_peft.ops.block_affine import bone_col, bone_left, bone_materialized, bone_row
+from rwkv_peft.ops.bone.layouts import bone_col, bone_left, bone_materialized, bone_row
 from rwkv_peft.ops.low_rank import lora_linear
 from rwkv_peft.ops.products import linear
-from rwkv_peft.peft import quant
+from rwkv_peft.peft import quantization as quant
 from rwkv_peft.peft.base import PeftLinear
-from rwkv_peft.peft.bone import BoneConfig, BoneLinear
-from rwkv_peft.peft.lora import LoraConfig, LoraLinear
-from rwkv_peft.peft.quant import KINDS, QuantizedLinear, QuantizedWeight
+from rwkv_peft.peft.methods.bone import BoneConfig, BoneLinear
+from rwkv_peft.peft.methods.lora import LoraConfig, LoraLinear
+from rwkv_peft.peft.quantization import KINDS, QuantizedLinear, QuantizedWeight
 from tests.helpers import relative_error
 
 BYTES = {"nf4": 0.57, "fp4": 0.57, "int8": 1.1}

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.config.sections import ModelConfig
 from rwkv_peft.data.tokenizer import WorldTokenizer
 
 

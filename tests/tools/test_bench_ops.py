@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.config.sections import ModelConfig
 from rwkv_peft.errors import UserError
 
 TINY = ModelConfig(n_layer=2, n_embd=128, vocab_size=100).resolved()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.config.sections import ModelConfig
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_train.py"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.config.sections import DataConfig
+from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.tokenizer import WorldTokenizer
 from tests.data.pairs import write_mask
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkv_peft.data.binidx import BinidxReader
+from rwkv_peft.data.binidx.reader import BinidxReader
 
 TOOL = Path(__file__).parents[2] / "tools" / "json2binidx.py"
 

@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from rwkv_peft.assembly import load_with_adapter
-from rwkv_peft.checkpoint import fingerprint, load_base, save_base
+from rwkv_peft.adapted_model import load_with_adapter
+from rwkv_peft.base_model import fingerprint, load_base, save_base
 from rwkv_peft.errors import UserError
-from rwkv_peft.inference.merge import merge
-from rwkv_peft.peft.adapter_io import AdapterInfo, save_adapter
+from rwkv_peft.export.merge import merge
+from rwkv_peft.peft.adapter_file import AdapterInfo, save_adapter
 from tests.helpers import TINY, relative_error, with_shape, write_base
 
 ROOT = Path(__file__).resolve().parents[2]

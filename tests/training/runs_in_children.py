@@ -77,7 +77,7 @@ def _child(flags: list[str], output: str, die_at: tuple[str, int] | None) -> Non
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    from rwkv_peft import cli
+    from rwkv_peft.config import flags as cli
     from rwkv_peft.errors import exit_with_message
     from rwkv_peft.training.run import run
 
@@ -104,7 +104,7 @@ def _die_at(kind: str, count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if kind == "write":
-        from rwkv_peft.training import checkpoints
+        from rwkv_peft.training.checkpoint import file as checkpoints
 
         class HalfWay:
             """A file that writes the first half of what it gets, and then may not come to the second."""

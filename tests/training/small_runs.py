@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rwkv_peft import cli
-from rwkv_peft.config import ModelConfig
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.config import flags as cli
+from rwkv_peft.config.sections import ModelConfig
+from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.training.run import run
 from tests.helpers import with_shape, write_base

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rwkv_peft.assembly import add_adapter
-from rwkv_peft.config import PeftConfig
+from rwkv_peft.adapted_model import add_adapter
+from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.model.state import LayerState
-from rwkv_peft.training.gradients import mean_gradients
 from rwkv_peft.training.infctx import sliced_loss
+from rwkv_peft.training.optim.initial_gradients import mean_gradients
 from tests.helpers import TINY, lively_model, relative_error
 from tests.peft.cases import CASES, MODEL_CASES
 from tests.peft.definitions import gradients_of, train_a_little

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rwkv_peft import cli
-from rwkv_peft.assembly import load_with_adapter
-from rwkv_peft.checkpoint import load_base
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.adapted_model import load_with_adapter
+from rwkv_peft.base_model import load_base
+from rwkv_peft.config import flags as cli
+from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
-from rwkv_peft.peft.adapter_io import read_adapter
+from rwkv_peft.peft.adapter_file import read_adapter
 from rwkv_peft.training.run import run
 from tests.helpers import relative_error, write_base
 from tests.training.small_runs import SHAPE, train, write_inputs

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from rwkv_peft.config import DataConfig, ModelConfig, RunConfig
-from rwkv_peft.data.binidx import BinidxReader
-from rwkv_peft.data.sampling import Samples, make_plan
+from rwkv_peft.config.sections import DataConfig, ModelConfig, RunConfig
+from rwkv_peft.data.binidx.reader import BinidxReader
+from rwkv_peft.data.rows.sampling import Samples, make_plan
 from rwkv_peft.model.init import model_on_meta
-from rwkv_peft.training.banner import banner
+from rwkv_peft.training.metrics.startup_summary import banner
 from tests.training.small_runs import SHAPE, TEXTS, train, write_inputs
 
 BONE = ["--peft", "bone", "--bone_config", '{"r":16}']

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft import cli
-from rwkv_peft.assembly import load_plain, tune_state
-from rwkv_peft.checkpoint import load_base, save_base
-from rwkv_peft.config import PeftConfig
+from rwkv_peft.adapted_model import load_plain, tune_state
+from rwkv_peft.base_model import load_base, save_base
+from rwkv_peft.config import flags as cli
+from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.errors import UserError
 from rwkv_peft.evaluation.loss import held_out_loss
+from rwkv_peft.export.merge import merge_state
 from rwkv_peft.inference.generate import generate
-from rwkv_peft.inference.merge import merge_state
 from rwkv_peft.model.init import model_from_state
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.model.state import LayerState

@@ -12,22 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from rwkv_peft import cli
-from rwkv_peft.assembly import load_plain, load_with_adapter
-from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxReader
-from rwkv_peft.data.binidx_writer import BinidxWriter
+from rwkv_peft.adapted_model import load_plain, load_with_adapter
+from rwkv_peft.config import flags as cli
+from rwkv_peft.config.sections import DataConfig
+from rwkv_peft.data.binidx.reader import BinidxReader
+from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.data.validation_set import ValidationSet
 from rwkv_peft.errors import CheckpointError, UserError
 from rwkv_peft.evaluation.loss import held_out_loss, summed
-from rwkv_peft.peft.adapter_io import read_adapter
+from rwkv_peft.peft.adapter_file import read_adapter
 from rwkv_peft.training.infctx import sliced_loss
 from rwkv_peft.training.run import run
-from rwkv_peft.training.saving import save_trained
+from rwkv_peft.training.run_folder import save_trained
 from tests.helpers import lively_model
+from tests.training.distributed.test_methods_on_strategies import in_a_pair
 from tests.training.small_runs import SHAPE, metrics, train, validations, write_inputs
-from tests.training.test_methods_on_strategies import in_a_pair
 
 BONE = ["--peft", "bone", "--bone_config", '{"r":16}']
 QUESTIONS = [f"User: {a} minus {b}?\n\nAssistant: {a - b}." for a in range(3) for b in range(1 + a)]
@@ -198,7 +198,8 @@ def test_training_is_bit_for_bit_that_without_validation(method, inputs, val, tm
 
 def test_validations_take_no_time_of_training(inputs, val, tmp_path, monkeypatch):
     """By a clock that only moves while the loss is measured, and a little when it is asked."""
-    from rwkv_peft.training import callbacks, validation
+    from rwkv_peft.training import validation
+    from rwkv_peft.training.metrics import recorder as callbacks
 
     class Clock:
         now = 0.0

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxMeta, BinidxReader, check_tokenizer
-from rwkv_peft.data.mixture import open_source
-from rwkv_peft.data.sampling import DataPlan, Part, Source, make_plan
+from rwkv_peft.config.sections import DataConfig
+from rwkv_peft.data.binidx.reader import BinidxMeta, BinidxReader, check_tokenizer
+from rwkv_peft.data.rows.mixture import open_source
+from rwkv_peft.data.rows.sampling import DataPlan, Part, Source, make_plan
 from rwkv_peft.data.validation_set import ValidationSet, open_validation
 from rwkv_peft.data.windows import WindowLoader
 

@@ -14,13 +14,13 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxReader, check_tokenizer, find_prefix
-from rwkv_peft.data.held_out import DocumentSubset
-from rwkv_peft.data.identity import identity_of
-from rwkv_peft.data.json_pairs import pairs_of
-from rwkv_peft.data.pickers import Windows
-from rwkv_peft.data.sampling import Part, Samples
+from rwkv_peft.config.sections import DataConfig
+from rwkv_peft.data.binidx.identity import identity_of
+from rwkv_peft.data.binidx.reader import BinidxReader, check_tokenizer, find_prefix
+from rwkv_peft.data.convert.json_pairs import pairs_of
+from rwkv_peft.data.rows.held_out import DocumentSubset
+from rwkv_peft.data.rows.pickers import Windows
+from rwkv_peft.data.rows.sampling import Part, Samples
 from rwkv_peft.errors import DataError
 
 OFF = ("none",)

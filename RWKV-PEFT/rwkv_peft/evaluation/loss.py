@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rwkv_peft.config import DataConfig
-from rwkv_peft.data.binidx import BinidxReader
+from rwkv_peft.config.sections import DataConfig
+from rwkv_peft.data.binidx.reader import BinidxReader
 from rwkv_peft.data.validation_set import ValidationSet
 from rwkv_peft.model.rwkv6 import RWKV6
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.checkpoint import check_keys, time_states
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.base_model import check_keys, time_states
+from rwkv_peft.config.sections import ModelConfig
 from rwkv_peft.model.rwkv6 import RWKV6, ChannelMix, TimeMix
 
 ZERO_LINEARS = ("att.output", "ffn.value", "ffn.receptance")

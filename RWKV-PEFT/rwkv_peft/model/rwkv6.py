@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.config.sections import ModelConfig
 from rwkv_peft.model.state import LayerState, ModelState, first_state
 from rwkv_peft.ops.cross_entropy import head_cross_entropy, linear_cross_entropy
-from rwkv_peft.ops.mix import ddlerp, decay, gated_norm, relu_square, shift_lerp
+from rwkv_peft.ops.mix.op import ddlerp, decay, gated_norm, relu_square, shift_lerp
 from rwkv_peft.ops.products import linear
-from rwkv_peft.ops.wkv6 import wkv6, wkv6_step
+from rwkv_peft.ops.wkv6.op import wkv6, wkv6_step
 
 LN_X_EPS = 64e-5
 """1e-5 x head_size_divisor^2, with RWKV-LM's divisor of 8."""
@@ -176,7 +176,7 @@ class RWKV6(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, wkv_backend) for layer in range(config.n_layer))
         self.ln_out = LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
-        self.register_parameter("prompt", None)  # (P, C), vectors that every text begins with (peft/prompt.py)
+        self.register_parameter("prompt", None)  # (P, C), vectors that every text begins with (peft/methods/prompt.py)
 
     def forward(self, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
         """ids (B, T) int64 -> (logits (B, T, V) in the activations' dtype, state). T >= 1, any batch."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rwkv_peft.config import ModelConfig
+from rwkv_peft.config.sections import ModelConfig
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.ops.products import in_own_dtype, product_dtype, times, times_transposed
-from rwkv_peft.ops.reference import L2WRAP
+from rwkv_peft.ops.wkv6.reference import L2WRAP
 
 CHUNK_LOGITS = 2**25
 """Logits that exist at a time: 128 MB in fp32, 512 rows of the World vocabulary."""

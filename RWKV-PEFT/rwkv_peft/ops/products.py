@@ -27,7 +27,7 @@ same, so that no update is rounded away; generation does not."""
 
 
 class Matrix(Protocol):
-    """What operators ask of a frozen (O, I) matrix. A Tensor is one; so is peft/quant.py's, stored quantised."""
+    """What operators ask of a frozen (O, I) matrix. A Tensor is one; so is peft/quantization.py's, stored quantised."""
 
     shape: torch.Size
     dtype: torch.dtype

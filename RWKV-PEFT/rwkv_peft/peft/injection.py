@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from rwkv_peft.config import PeftConfig
+from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.peft.base import PeftLinear
-from rwkv_peft.peft.prompt import PROMPT_NAME
+from rwkv_peft.peft.methods.prompt import PROMPT_NAME
 from rwkv_peft.peft.registry import canonical, method_config, method_of
 
 TARGET_SPELLINGS = {"att": "att.*", "ffn": "ffn.*"}

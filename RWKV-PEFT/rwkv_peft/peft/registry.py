@@ -7,17 +7,17 @@ from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
 from rwkv_peft.errors import ConfigError, nearest
-from rwkv_peft.peft.adapter import AdapterConfig, AdapterLinear
 from rwkv_peft.peft.base import PeftLinear
-from rwkv_peft.peft.bone import BoneConfig, BoneLinear
-from rwkv_peft.peft.dora import DoraConfig, DoraLinear
-from rwkv_peft.peft.lisa import LisaConfig
-from rwkv_peft.peft.lora import LoraConfig, LoraLinear
-from rwkv_peft.peft.lora_ga import LoraGaConfig, LoraGaLinear
-from rwkv_peft.peft.miss import MissConfig, MissLinear
-from rwkv_peft.peft.olora import OloraConfig, OloraLinear
-from rwkv_peft.peft.pissa import PissaConfig, PissaLinear
-from rwkv_peft.peft.prompt import PromptConfig, add_prompt
+from rwkv_peft.peft.methods.adapter import AdapterConfig, AdapterLinear
+from rwkv_peft.peft.methods.bone import BoneConfig, BoneLinear
+from rwkv_peft.peft.methods.dora import DoraConfig, DoraLinear
+from rwkv_peft.peft.methods.lisa import LisaConfig
+from rwkv_peft.peft.methods.lora import LoraConfig, LoraLinear
+from rwkv_peft.peft.methods.lora_ga import LoraGaConfig, LoraGaLinear
+from rwkv_peft.peft.methods.miss import MissConfig, MissLinear
+from rwkv_peft.peft.methods.olora import OloraConfig, OloraLinear
+from rwkv_peft.peft.methods.pissa import PissaConfig, PissaLinear
+from rwkv_peft.peft.methods.prompt import PromptConfig, add_prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,22 +10,28 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 
-from rwkv_peft.config import RunConfig
+from rwkv_peft.config.sections import RunConfig
+from rwkv_peft.console import say
 from rwkv_peft.data.datamodule import BinidxDataModule
-from rwkv_peft.peft.lisa import LisaConfig
-from rwkv_peft.training.banner import say
-from rwkv_peft.training.callbacks import SaveEveryEpoch, StepRecorder, cut_metrics
-from rwkv_peft.training.checkpointer import Checkpointer, Due
-from rwkv_peft.training.checkpoints import FOLDER, Checkpoint
-from rwkv_peft.training.lisa import BlockDraw
-from rwkv_peft.training.lock import only_run_in
-from rwkv_peft.training.loggers import Consumer, open_consumers
+from rwkv_peft.peft.methods.lisa import LisaConfig
+from rwkv_peft.run_lock import only_run_in
+from rwkv_peft.training.checkpoint.callback import Checkpointer, Due
+from rwkv_peft.training.checkpoint.file import FOLDER, Checkpoint
+from rwkv_peft.training.checkpoint.resume import inputs_of, position_of, settings_of
+from rwkv_peft.training.distributed.strategy import (
+    build_strategy,
+    device_type,
+    devices_per_node,
+    whole_tensors,
+    world_size,
+)
+from rwkv_peft.training.metrics.loggers import Consumer, open_consumers
+from rwkv_peft.training.metrics.recorder import SaveEveryEpoch, StepRecorder, cut_metrics
+from rwkv_peft.training.model_setup import Prepared
 from rwkv_peft.training.module import TrainingModule
-from rwkv_peft.training.prepare import Prepared
-from rwkv_peft.training.resume import inputs_of, position_of, settings_of
-from rwkv_peft.training.saving import open_folder, save_trained, to_save, trained_path
-from rwkv_peft.training.stopping import StopTogether
-from rwkv_peft.training.strategy import build_strategy, device_type, devices_per_node, whole_tensors, world_size
+from rwkv_peft.training.optim.lisa import BlockDraw
+from rwkv_peft.training.run_folder import open_folder, save_trained, to_save, trained_path
+from rwkv_peft.training.signals import StopTogether
 from rwkv_peft.training.validation import Validator
 
 

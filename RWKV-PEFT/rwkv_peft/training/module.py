@@ -9,16 +9,16 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from rwkv_peft.config import OptimConfig
+from rwkv_peft.config.sections import OptimConfig
 from rwkv_peft.evaluation.loss import summed
 from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.training.guard import StepGuard, clip_or_skip, guard_engine, keep_honest
 from rwkv_peft.training.infctx import sliced_loss
-from rwkv_peft.training.lisa import BlockDraw
-from rwkv_peft.training.normalisation import TokenMean
-from rwkv_peft.training.optim import build_optimizer
-from rwkv_peft.training.scaling import LossScaling
-from rwkv_peft.training.schedule import learning_rate
+from rwkv_peft.training.optim.bad_steps import StepGuard, clip_or_skip, guard_engine, keep_honest
+from rwkv_peft.training.optim.lisa import BlockDraw
+from rwkv_peft.training.optim.loss_scaling import LossScaling
+from rwkv_peft.training.optim.normalisation import TokenMean
+from rwkv_peft.training.optim.optimizer import build_optimizer
+from rwkv_peft.training.optim.schedule import learning_rate
 
 
 class TrainingModule(pl.LightningModule):

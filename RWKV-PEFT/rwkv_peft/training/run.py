@@ -13,21 +13,17 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_only
 
-from rwkv_peft.config import RunConfig
+from rwkv_peft.config.sections import RunConfig
+from rwkv_peft.console import say
 from rwkv_peft.data.datamodule import BinidxDataModule
 from rwkv_peft.errors import ConfigError
+from rwkv_peft.memory.allocator import give_back_freed_pages, keep_freed_pages
+from rwkv_peft.memory.estimate import Expected, model_on_its_way, saves_memory
 from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.ops.wkv6 import active_backend
-from rwkv_peft.training.allocator import give_back_freed_pages, keep_freed_pages
-from rwkv_peft.training.banner import announce_memory, banner, device_line, say, trained_table
-from rwkv_peft.training.fit import fit
-from rwkv_peft.training.launch import check_launch
-from rwkv_peft.training.lock import check_unlocked
-from rwkv_peft.training.loggers import check_loggers
-from rwkv_peft.training.memory import Expected, model_on_its_way, saves_memory
-from rwkv_peft.training.prepare import prepare
-from rwkv_peft.training.report import LeavesReport
-from rwkv_peft.training.resume import (
+from rwkv_peft.ops.wkv6.op import active_backend
+from rwkv_peft.report.report import LeavesReport
+from rwkv_peft.run_lock import check_unlocked
+from rwkv_peft.training.checkpoint.resume import (
     check_inputs,
     check_settings,
     find_checkpoint,
@@ -35,9 +31,14 @@ from rwkv_peft.training.resume import (
     nothing_left,
     start_of,
 )
-from rwkv_peft.training.samples import SampleTexts, read_prompts
-from rwkv_peft.training.saving import check_folder
-from rwkv_peft.training.strategy import device_type, devices_per_node, world_size
+from rwkv_peft.training.distributed.launch import check_launch
+from rwkv_peft.training.distributed.strategy import device_type, devices_per_node, world_size
+from rwkv_peft.training.fit import fit
+from rwkv_peft.training.metrics.loggers import check_loggers
+from rwkv_peft.training.metrics.startup_summary import announce_memory, banner, device_line, trained_table
+from rwkv_peft.training.model_setup import prepare
+from rwkv_peft.training.run_folder import check_folder
+from rwkv_peft.training.sample_texts import SampleTexts, read_prompts
 from rwkv_peft.training.validation import check_schedule, validation_lines
 
 

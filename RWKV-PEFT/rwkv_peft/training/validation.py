@@ -15,12 +15,12 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from rwkv_peft.config import RunConfig
-from rwkv_peft.data.sampling import Part
+from rwkv_peft.config.sections import RunConfig
+from rwkv_peft.console import say
+from rwkv_peft.data.rows.sampling import Part
 from rwkv_peft.data.validation_set import ValidationSet, same_documents
 from rwkv_peft.errors import CheckpointError, ConfigError, UserError
-from rwkv_peft.training.banner import say
-from rwkv_peft.training.callbacks import StepCallback, StepRecorder
+from rwkv_peft.training.metrics.recorder import StepCallback, StepRecorder
 from rwkv_peft.training.module import TrainingModule
 
 LARGEST_EXPONENT = 700.0

@@ -1,0 +1,4 @@
+"""report.html: one page per run, made from metrics.jsonl.
+
+Imports config, data and training/metrics.
+"""

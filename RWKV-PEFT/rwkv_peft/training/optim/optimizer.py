@@ -1,0 +1,95 @@
+"""AdamW and its parameter groups."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from rwkv_peft.config.sections import OptimConfig
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.peft.injection import adapter_parameters, lr_scales
+from rwkv_peft.training.distributed.offload import cpu_adamw
+
+DECAY_LR_SCALE = 2.0
+"""RWKV-LM's multiplier of the learning rate for `time_decay`."""
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig, *, by_block: bool = False) -> list[dict]:
+    """The trained parameters, grouped by learning-rate multiplier (`lr_scale`) and weight decay (matrices only).
+
+    Multipliers are of the rate that starts at lr_init: lr_bone / lr_init for an adapter, times the method's own
+    (LoRA+'s ratio), and RWKV-LM's for the base.
+
+    Args:
+        model: any module with marked parameters.
+        optim: weight decay, the adapter's rate, and whether RWKV-LM's rules for `time_*` count.
+        by_block: keep the blocks apart: a group's `block` is the number of its block, None outside of the blocks.
+    """
+    methods_scales, adapters = lr_scales(model), adapter_parameters(model)
+    adapter_scale = optim.lr_bone / optim.lr_init if optim.lr_bone else 1.0
+    groups: dict[tuple[float, float, int | None], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in adapters:
+            scale, decays = adapter_scale * methods_scales.get(name, 1.0), parameter.ndim >= 2
+        else:
+            scale, decays = _base_rule(name, parameter, bool(optim.layerwise_lr))
+        in_block = re.match(r"blocks\.(\d+)\.", name) if by_block else None
+        key = (scale, optim.weight_decay if decays else 0.0, int(in_block[1]) if in_block else None)
+        groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": params, "lr_scale": scale, "weight_decay": weight_decay, "block": block}
+        for (scale, weight_decay, block), params in groups.items()
+    ]
+
+
+def _base_rule(name: str, parameter: nn.Parameter, layerwise: bool) -> tuple[float, bool]:
+    """Rate multiplier of a base parameter, and whether it decays: RWKV-LM's x060 rules.
+
+    Its vectors wear a (1, 1, C) coat. With `layerwise`, no `time_*` decays, the matrices among them included.
+    """
+    is_matrix = parameter.squeeze().ndim >= 2
+    if not layerwise:
+        return 1.0, is_matrix
+    own = name.rpartition(".")[2]
+    return DECAY_LR_SCALE if own == "time_decay" else 1.0, is_matrix and not own.startswith("time_")
+
+
+def build_optimizer(
+    model: nn.Module, optim: OptimConfig, *, by_block: bool = False, offload: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer that `--optim` names, over the trained parameters; with `offload` the one that DeepSpeed runs on
+    CPUs.
+
+    Raises:
+        ConfigError: bitsandbytes is missing.
+    """
+    groups = parameter_groups(model, optim, by_block=by_block)
+    options = {"lr": optim.lr_init, "betas": (optim.beta1, optim.beta2), "eps": optim.adam_eps}
+    if offload:
+        return cpu_adamw(groups, **options)
+    if optim.optim == "adam_8bit":
+        return _adamw_8bit(groups, options)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    return torch.optim.AdamW(groups, **options, fused=_fuses(parameters))
+
+
+def _fuses(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether torch has one kernel for a whole step on these devices: 3x as fast on a CPU (docs/training.md)."""
+    return all(p.device.type in ("cpu", "cuda") and p.dtype.is_floating_point for p in parameters)
+
+
+def _adamw_8bit(groups: list[dict], options: dict) -> torch.optim.Optimizer:
+    # On import it may complain that a kernel for generation is missing, which is not used here.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        what = f"needs the package bitsandbytes, which cannot be imported ({error})"
+        raise ConfigError("optim", "adam_8bit", what=what, hint="Try: pip install bitsandbytes==0.50.2") from error
+    return AdamW8bit(groups, **options)
