@@ -4,17 +4,18 @@ BIN := .venv/bin
 
 .PHONY: demo test test-slow test-gpu lint bench cuda-check clean
 
-demo: .venv/.runtime
+demo: .venv/.demo
 	$(BIN)/python demo/run.py
 
+# What a newcomer waits for.
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-# With what `make test` does a part of only: all kills of tests/training/checkpoint/test_kills.py.
+# The rest: several processes, kills and resumes, whole programs.
 test-slow: .venv/.dev
-	$(BIN)/python -m pytest -n 2 --all-kills
+	$(BIN)/python -m pytest -n 2 -m slow
 
-# What needs a CUDA device; skips itself, with a reason, where there is none.
+# Tests that need a CUDA device. They are skipped, with a reason, on a machine without one.
 test-gpu: .venv/.dev
 	$(BIN)/python -m pytest -m gpu
 
@@ -25,20 +26,24 @@ lint: .venv/.dev
 bench: .venv/.runtime
 	$(BIN)/python tools/bench_ops.py
 
-# Compiles every .cu where nvcc is present and fails on a kernel that spills; says so where there is no nvcc.
+# Compiles every .cu file, and fails if a kernel spills registers. Without nvcc it prints a message and compiles nothing.
 # All that we support: make cuda-check ARCHS="sm_75 sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
 ARCHS ?= sm_80 sm_90
 cuda-check: .venv/.runtime
 	PYTHONPATH=RWKV-PEFT $(BIN)/python -m rwkv_peft.ops.cuda_check $(ARCHS)
 
 clean:
-	rm -rf .venv demo/out
+	rm -rf .venv demo/out starter
 
 .venv/.runtime: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -r requirements.txt
 	touch $@
 
-.venv/.dev: requirements-dev.txt .venv/.runtime
+.venv/.demo: requirements-demo.txt .venv/.runtime
+	$(BIN)/python -m pip install -r requirements-demo.txt
+	touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.demo
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	touch $@

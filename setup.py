@@ -1,7 +1,7 @@
-"""Which folders are packages; everything else is in pyproject.toml.
+"""Lists the packages; everything else is in pyproject.toml.
 
-Packages are found by themselves, so that no new folder can be missing from a wheel. cuda/ holds the C++ and CUDA
-sources; an installed package has them as rwkv_peft/_csrc.
+Packages are found automatically, so a new folder is always in the wheel. The C++ and CUDA sources in cuda/ are
+installed as rwkv_peft/_csrc.
 """
 
 from setuptools import find_packages, setup

@@ -1,4 +1,4 @@
-// Kernels that are compiled for several instruction sets, and the choice among those that this processor can run.
+// Kernels compiled for several instruction sets, and the choice of one that this processor supports.
 #pragma once
 
 #include <atomic>
@@ -11,7 +11,7 @@ namespace rwkv_peft {
 template <typename Kernels>
 class CpuLevels {
  public:
-  // On other processors than x86-64 `avx512` and `avx2` are not looked at and may be null.
+  // On processors other than x86-64, `avx512` and `avx2` are ignored and may be null.
   CpuLevels(const Kernels* avx512, const Kernels* avx2, const Kernels& plain) {
 #ifdef __x86_64__
     __builtin_cpu_init();
@@ -27,17 +27,18 @@ class CpuLevels {
     chosen_ = supported_.front();
   }
 
-  // The best, unless `use` said otherwise.
+  // The best supported kernels, unless `use` selected others.
   const Kernels& chosen() const { return *chosen_.load(); }
 
-  // What this processor can run, best first.
+  // The instruction sets that this processor supports, best first.
   std::vector<std::string> names() const {
     std::vector<std::string> names;
     for (const Kernels* kernels : supported_) names.push_back(kernels->name);
     return names;
   }
 
-  // Makes all later calls take this one; returns the one before, or "" and does nothing if it cannot be run here.
+  // Selects the kernels for all later calls and returns the name of the previous ones. If the processor does not
+  // support them, returns "" and changes nothing.
   std::string use(const std::string& name) {
     for (const Kernels* kernels : supported_) {
       if (kernels->name == name) return chosen_.exchange(kernels)->name;

@@ -1,5 +1,5 @@
-"""The demo's text, all of it already on the machine: Python's own library and documentation teach the small base
-model to read; math word problems with worked answers (reasoning-gym, gsm_symbolic) are what it is fine-tuned on."""
+"""The texts of the demo. Nothing is downloaded: the small base model reads Python's own library and documentation,
+and is fine-tuned on math word problems with worked answers (`gsm_symbolic` of the package reasoning-gym)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 VOCAB_SIZE = 2048
 END_OF_TEXT = "<|endoftext|>"
 SOURCE_BYTES = 4_000_000
-"""Library source to read; what the base sees in its few minutes."""
+"""Bytes of library source; the base model reads about as much in its few minutes of training."""
 
 
 def python_texts() -> Iterator[str]:
-    """Python's language documentation by topic, then the sources of its library."""
+    """Yield Python's language documentation by topic, then the sources of its library."""
     from pydoc_data.topics import topics
 
     yield from (topics[name] for name in sorted(topics))
@@ -28,24 +28,24 @@ def python_texts() -> Iterator[str]:
 
 
 def math_problems(count: int, seed: int) -> Iterator[str]:
-    """Word problems in the RWKV World chat form, with worked answers."""
+    """Yield word problems with worked answers, in the chat format of the RWKV World models."""
     import reasoning_gym
 
     for item in reasoning_gym.create_dataset("gsm_symbolic", size=count, seed=seed):
         question, answer = item["question"].strip(), item["metadata"]["answer_cot"].strip()
-        # gsm_symbolic closes each question with the answer format it wants; the worked answer shows that by itself.
+        # gsm_symbolic ends each question with the required answer format. The worked answer shows the format already.
         question = question.split(" Give the result as")[0]
         yield f"User: {question}\n\nAssistant: {answer}"
 
 
 def write_jsonl(texts: Iterable[str], path: Path) -> None:
-    """One `{"text": ...}` a line."""
+    """Write one `{"text": ...}` object per line."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
 
 
 def train_tokenizer(texts: Iterable[str], path: Path) -> None:
-    """A byte-level BPE of 2,048 tokens: the small model's head stays small."""
+    """Train a byte-level BPE tokenizer with 2,048 tokens, so that the small model has a small output layer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

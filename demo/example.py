@@ -1,5 +1,4 @@
-"""The demo's inputs, made on first use: a small base model that has read Python's library, and a data set to
-fine-tune it on. `train.py` falls back on them where it is given neither a model nor data."""
+"""The inputs of the demo: a small base model that has read Python's library, and a data set to fine-tune it on."""
 
 from __future__ import annotations
 
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from demo import corpus
 
@@ -16,10 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "demo" / "out"
 BASE = OUT / "base.pth"
 TOKENIZER = OUT / "tokenizer.json"
-CHAT, HELD_OUT = OUT / "chat", OUT / "held_out"
-PROBLEMS, HELD_OUT_PROBLEMS = 2000, 100
+CHAT, VALIDATION = OUT / "chat", OUT / "validation"
+PROBLEMS, VALIDATION_PROBLEMS = 2000, 100
 
-FINE_TUNE: Mapping[str, Any] = {
+FINE_TUNE: Mapping[str, object] = {
     "load_model": str(BASE),
     "data_file": str(CHAT),
     "dataload": "pad",
@@ -30,10 +28,10 @@ FINE_TUNE: Mapping[str, Any] = {
     "lr_final": 5e-4,
     "warmup_steps": 10,
 }
-"""Settings of the demo's fine-tune. The rates suit a tiny model; 2e-5 is for the real ones."""
+"""Flags of the fine-tune. The learning rates suit a tiny model; for the public models, start from 2e-5."""
 
 SHAPE: Mapping[str, int] = {"n_layer": 4, "n_embd": 256, "vocab_size": corpus.VOCAB_SIZE}
-"""Of the base model."""
+"""Shape of the base model."""
 
 PRETRAIN = (
     f"--n_layer {SHAPE['n_layer']} --n_embd {SHAPE['n_embd']} --ctx_len 256 --micro_bsz 8 --epoch_steps 220 "
@@ -41,30 +39,17 @@ PRETRAIN = (
 )
 
 
-def with_demo_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with the demo's model and data below them: whatever the user gave wins."""
-    shown = OUT.relative_to(ROOT)
-    sys.stderr.write(f"note: no --load_model, no --data_file: using the demo's base and data in {shown}\n")
-    made = BASE.exists() and CHAT.with_suffix(".idx").exists()
-    if settings.get("dry_run") and not made:
-        return {**SHAPE, **settings}
-    if not made:
-        sys.stderr.write("      making them first (about two minutes on two cores)\n")
-        make_inputs()
-    return {**FINE_TUNE, **settings}
-
-
 def make_inputs() -> None:
     """Write the texts, convert them to binidx, and train the small base model."""
     OUT.mkdir(parents=True, exist_ok=True)
     base_texts = list(corpus.python_texts())
-    problems = list(corpus.math_problems(PROBLEMS + HELD_OUT_PROBLEMS, seed=1))
+    problems = list(corpus.math_problems(PROBLEMS + VALIDATION_PROBLEMS, seed=1))
     unseen = [text for text in problems[PROBLEMS:] if text not in set(problems[:PROBLEMS])]
     corpus.write_jsonl(base_texts, OUT / "base.jsonl")
     corpus.write_jsonl(problems[:PROBLEMS], CHAT.with_suffix(".jsonl"))
-    corpus.write_jsonl(unseen, HELD_OUT.with_suffix(".jsonl"))
+    corpus.write_jsonl(unseen, VALIDATION.with_suffix(".jsonl"))
     corpus.train_tokenizer(base_texts, TOKENIZER)
-    for name in ("base", "chat", "held_out"):
+    for name in ("base", "chat", "validation"):
         jsonl, prefix = OUT / f"{name}.jsonl", OUT / name
         python("tools/json2binidx.py", "--input", jsonl, "--output_prefix", prefix, "--tokenizer", TOKENIZER)
     pretrained = OUT / "pretrain"
@@ -73,13 +58,13 @@ def make_inputs() -> None:
 
 
 def python(script: str, *arguments: object) -> None:
-    """Run one of the project's programs as a user would, showing the command; raise CalledProcessError on failure."""
+    """Print a command and run it as a user would; raise CalledProcessError if it fails."""
     words = [script, *(_shown(argument) for argument in arguments)]
     print(f"\n$ python {shlex.join(words)}", flush=True)
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
 
 def _shown(argument: object) -> str:
-    """Paths below the project are shown, and passed, relative to it."""
+    """Return an argument as text; a path inside the project becomes relative to it."""
     path = Path(str(argument))
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(argument)

@@ -1,19 +1,21 @@
-"""Options of the suite, and what several of its parts need."""
+"""One thread for each pytest worker, and fixtures that several parts of the suite need."""
 
 from __future__ import annotations
+
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads that share cores with another worker's mostly wait for each other: small runs take up to 20 times as long.
+    # Set before torch is imported, and inherited by the programs that tests start.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-kills", action="store_true", help="all 50 kills of tests/training/checkpoint/test_kills.py")
-
-
 @pytest.fixture
 def one_thread():
-    """Small operators on threads that share their cores wait far longer than they compute (20x, measured with a second
-    busy process on two cores); and one thread has one order of sums."""
+    """Use one thread: it is faster for small operators on busy cores, and sums have a fixed order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,10 +1,12 @@
-"""How fast text becomes tokens, and tokens batches.
+"""Measures how fast text is converted to tokens, and tokens are read as batches.
 
-First tools/json2binidx.py against a straightforward loop over the `rwkv` package's trie. Both read the same JSON lines
-and write the same pair, byte for byte (checked). Rates are megabytes of JSON lines for each second that a core worked
-(CPU time, so that other programs on the machine disturb little), the best of --runs turns taken alternately, with the
-vocabularies loaded. Then the stages of the converter, to see which one limits. Then batches a second by --dataload, and
-what packing gains over padding in tokens that train (bench_rows.py).
+The first part compares tools/json2binidx.py with a simple loop over the trie tokenizer of the `rwkv` package. Both read
+the same JSON lines and write the same bytes, which is checked. Rates are megabytes of JSON lines per second of CPU
+time, so other programs on the machine have little influence. Each rate is the best of --runs turns, with the
+vocabularies already loaded. Then the stages of the converter are measured separately.
+
+The second part (bench_rows.py) measures batches per second for each --dataload mode, and how many more tokens in the
+loss packing trains per second than padding.
 """
 
 from __future__ import annotations
@@ -24,9 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT / "RWKV-PEFT")
-sys.path.insert(1, str(ROOT))
-sys.path.append(str(ROOT / "tools"))  # last: tools/inspect.py would hide the standard library's
+sys.path[:1] = [str(ROOT / folder) for folder in ("RWKV-PEFT", "", "tools")]
 
 import numpy as np
 from bench_rows import bench_packing, bench_reading, write_chat_like
@@ -35,13 +35,13 @@ from demo.corpus import python_texts
 from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.convert.conversion import Options, convert
 from rwkv_peft.data.convert.encode import pack_ids
-from rwkv_peft.data.convert.records import Layout, parse
+from rwkv_peft.data.convert.record_text import RecordFormat, parse
 from rwkv_peft.data.convert.sources import read_chunks
 from rwkv_peft.data.tokenizer import WorldTokenizer
 from rwkv_peft.errors import exit_with_message
 
 PIECE = 4000
-"""Characters of a document: a long answer, or a web page."""
+"""Number of characters in a document: a long answer, or a web page."""
 
 SENTENCES = """\
 The quick brown fox jumps over the lazy dog while the children watch from the old stone bridge.
@@ -61,24 +61,26 @@ El niño soñaba con montañas cubiertas de nieve y con ríos que corrían hacia
 Tiếng Việt dùng chữ Latinh với nhiều dấu thanh để phân biệt nghĩa của các từ giống nhau.
 Polska pogoda bywa kapryśna: rano świeci słońce, po południu pada deszcz, a wieczorem wieje wiatr.
 """.splitlines()
-"""Several scripts, for a multilingual text where there are no message catalogues."""
+"""Sentences in several scripts, for a multilingual text on machines with few message catalogs."""
 
-CATALOGUES = "/usr/share"
-"""Programs keep their messages in all languages here (.mo, GNU gettext)."""
+CATALOGS = "/usr/share"
+"""Folder with the translated messages of installed programs (.mo files of GNU gettext)."""
 
 
 def english(size: int) -> Iterator[str]:
-    """Python's documentation and library, in pieces, over again with a running number until there is enough."""
+    """Yield documents from Python's documentation and library, numbered and repeated up to `size` bytes."""
     pieces = [text[i : i + PIECE] for text in python_texts() for i in range(0, len(text), PIECE)]
     yield from numbered(pieces, size)
 
 
 def multilingual(size: int) -> Iterator[str]:
-    """Translated messages of the programs on this machine, one language a document, over again until there is enough;
-    made-up paragraphs where there are few."""
-    catalogues = sorted(Path(CATALOGUES).rglob("*.mo"))
-    random.Random(0).shuffle(catalogues)
-    pages = [page for catalogue in catalogues[:500] for page in translations(catalogue)]
+    """Yield documents of translated messages, one language each, numbered and repeated up to `size` bytes.
+
+    With few message catalogs on the machine, the documents are made from SENTENCES instead.
+    """
+    catalogs = sorted(Path(CATALOGS).rglob("*.mo"))
+    random.Random(0).shuffle(catalogs)
+    pages = [page for catalog in catalogs[:500] for page in translations(catalog)]
     if len(pages) < 500:
         pages = [*made_up_pages(500)]
     random.Random(0).shuffle(pages)
@@ -86,7 +88,7 @@ def multilingual(size: int) -> Iterator[str]:
 
 
 def numbered(pages: Sequence[str], size: int) -> Iterator[str]:
-    """The pages over and over, each with a running number, until there are `size` bytes."""
+    """Yield the pages repeatedly, each with its number, until there are `size` bytes."""
     for number in itertools.count():
         if size <= 0:
             return
@@ -95,10 +97,10 @@ def numbered(pages: Sequence[str], size: int) -> Iterator[str]:
         yield text
 
 
-def translations(catalogue: Path) -> Iterator[str]:
-    """The messages of a .mo file, in pieces; none of a damaged one."""
+def translations(catalog: Path) -> Iterator[str]:
+    """Yield the messages of a .mo file in pieces; nothing if the file is damaged."""
     try:
-        with catalogue.open("rb") as file:
+        with catalog.open("rb") as file:
             messages = gettext.GNUTranslations(file)._catalog.values()  # type: ignore[attr-defined]
     except (OSError, ValueError, LookupError):
         return
@@ -107,7 +109,7 @@ def translations(catalogue: Path) -> Iterator[str]:
 
 
 def made_up_pages(count: int) -> Iterator[str]:
-    """Sentences drawn from all scripts, with numbers among them."""
+    """Yield pages of random sentences in all scripts, with random numbers."""
     rng = random.Random(0)
     for _ in range(count):
         yield "\n".join(f"{rng.choice(SENTENCES)} {rng.randrange(10 ** rng.randrange(1, 6))}" for _ in range(30))
@@ -117,7 +119,7 @@ CORPORA: Mapping[str, Callable[[int], Iterator[str]]] = {"english": english, "mu
 
 
 class MegatronWriter:
-    """What RWKV-LM's make_data.py does with Megatron's MMapIndexedDatasetBuilder, in the same order."""
+    """Writes the files as RWKV-LM's make_data.py does with Megatron's MMapIndexedDatasetBuilder."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix, self._file = prefix, open(prefix + ".bin", "wb")  # noqa: SIM115
@@ -153,7 +155,7 @@ def load_trie() -> Any:
 
 
 def plain_loop(source: str, prefix: str, tokenizer: Any) -> None:
-    """The job as one writes it down."""
+    """Convert with a simple loop."""
     builder = MegatronWriter(prefix)
     with open(source, encoding="utf-8") as file:
         for line in file:
@@ -164,7 +166,7 @@ def plain_loop(source: str, prefix: str, tokenizer: Any) -> None:
 
 
 def ours(source: str, prefix: str, tokenizer: WorldTokenizer) -> None:
-    convert([source], prefix, tokenizer, Layout(), Options(workers=1))
+    convert([source], prefix, tokenizer, RecordFormat(), Options(workers=1))
 
 
 def cpu_seconds(case: Callable[[], object]) -> float:
@@ -178,8 +180,8 @@ def same_files(a: str, b: str) -> bool:
 
 
 def stage_seconds(source: str, prefix: str, tokenizer: WorldTokenizer) -> dict[str, float]:
-    """CPU seconds of each stage by itself, each fed with what the one before it made."""
-    layout = Layout()
+    """Return the CPU seconds of each stage alone. Its input is the output of the stage before it."""
+    layout = RecordFormat()
     made: dict[str, list] = {}
 
     def stage(name: str, work: Callable[[], Iterable]) -> float:
@@ -195,17 +197,17 @@ def stage_seconds(source: str, prefix: str, tokenizer: WorldTokenizer) -> dict[s
         yield None
 
     return {
-        "read": stage("raw", lambda: (raw for chunk in read_chunks([source]) for raw in chunk.raws)),
+        "read": stage("raw", lambda: (raw for chunk in read_chunks([source]) for raw in chunk.records)),
         "parse": stage("text", lambda: (layout.segments(parse(raw))[0][0] for raw in made["raw"])),
-        # Its ids are dropped at once, as in the converter: millions kept alive would slow it down.
-        "tokenise": stage("", lambda: (tokenizer.encode(text) and None for text in made["text"])),
+        # The ids are discarded immediately, as in the converter: keeping millions of them would be slower.
+        "tokenize": stage("", lambda: (tokenizer.encode(text) and None for text in made["text"])),
         "pack": _pack_seconds(made, tokenizer),
         "write": cpu_seconds(lambda: list(write(made["block"]))),
     }
 
 
 def _pack_seconds(made: dict[str, list], tokenizer: WorldTokenizer) -> float:
-    """Lists of ids to bytes, timed between calls of the tokenizer."""
+    """Return the seconds for converting lists of ids to bytes, measured between calls of the tokenizer."""
     seconds, blocks = 0.0, []
     for text in made["text"]:
         ids = tokenizer.encode(text)
@@ -217,7 +219,7 @@ def _pack_seconds(made: dict[str, list], tokenizer: WorldTokenizer) -> float:
 
 
 def bench_convert(megabytes: float, runs: int) -> None:
-    """Print the rates on each corpus."""
+    """Print the rates for each corpus."""
     trie, world = load_trie(), WorldTokenizer()
     with tempfile.TemporaryDirectory() as folder:
         for name, corpus in CORPORA.items():
@@ -243,14 +245,16 @@ def bench_convert(megabytes: float, runs: int) -> None:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=8, help="size of each corpus (8)")
-    parser.add_argument("--runs", type=int, default=5, help="turns, of which the best counts (5)")
-    parser.add_argument("--debug", action="store_true", help="show Python tracebacks for mistakes in the input too")
-    parser.add_argument("--documents", type=int, default=20_000, help="of the chat-like pair (20000)")
-    parser.add_argument("--ctx_len", type=int, default=2048, help="tokens of a row (2048)")
-    parser.add_argument("--micro_bsz", type=int, default=2, help="rows of a batch (2)")
-    parser.add_argument("--batches", type=int, default=500, help="read in each turn (500)")
-    parser.add_argument("--steps", type=int, default=8, help="trained in each turn (8)")
+    parser.add_argument("--megabytes", type=float, default=8, help="size of each corpus [8]")
+    parser.add_argument("--runs", type=int, default=5, help="number of turns; the best one counts [5]")
+    parser.add_argument("--debug", action="store_true", help="show Python tracebacks for errors in the input")
+    parser.add_argument(
+        "--documents", type=int, default=20_000, help="number of documents in the chat-like data [20000]"
+    )
+    parser.add_argument("--ctx_len", type=int, default=2048, help="tokens per row [2048]")
+    parser.add_argument("--micro_bsz", type=int, default=2, help="rows per batch [2]")
+    parser.add_argument("--batches", type=int, default=500, help="batches read in each turn [500]")
+    parser.add_argument("--steps", type=int, default=8, help="steps trained in each turn [8]")
     args = parser.parse_args(argv)
     bench_convert(args.megabytes, args.runs)
     with tempfile.TemporaryDirectory() as folder:

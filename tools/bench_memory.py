@@ -1,7 +1,7 @@
-"""Expected peak memory (memory/estimate.py) against what runs of train.py take, on a CPU.
+"""Compares the estimated peak memory (memory/estimate.py) with the memory that training runs need on a CPU.
 
-Each run is a process of its own; what counts is its peak of resident memory (VmHWM) above what it had after its
-imports. The weights are random, the data are random tokens; a checkpoint is written while each next step runs.
+Each run is a separate process. The measured value is its peak resident memory (VmHWM) minus the memory after its
+imports. Weights and tokens are random. Checkpoints are written while the next step runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Before dataclasses, which imports inspect: tools/inspect.py would hide the standard library's.
 sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 
 import argparse
@@ -24,18 +23,19 @@ from fnmatch import fnmatchcase
 import torch
 
 from rwkv_peft.base_model import save_base
-from rwkv_peft.config import flags as cli
 from rwkv_peft.config.sections import ModelConfig
 from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError, exit_with_message
 from rwkv_peft.memory.estimate import expect
 from rwkv_peft.model.init import model_on_meta
-from rwkv_peft.training.run import run
+from rwkv_peft.run_config import config_from_argv
+from rwkv_peft.training.model_setup import open_base, resolve_shape
+from rwkv_peft.training.run import train
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS = 2**18
-"""Of the data."""
+"""Number of tokens of the data."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Case:
     width: int = 256
     vocab: int = 4096
     stored: str = "fp32"
-    """Dtype of the base file."""
+    """Dtype of the base model file; empty for training from scratch."""
 
 
 BONE = '--peft bone --bone_config {"r":64,"mode":"MODE"} --ctx_len 512'
@@ -89,14 +89,14 @@ CASES = {
 
 
 def inputs(case: Case, folder: Path) -> list[str]:
-    """Flags that name the case's base and data, which are made in `folder` where they are missing."""
+    """Return the flags for the case's base model and data. Files that do not exist yet are created in `folder`."""
     data = folder / f"tokens-{case.vocab}"
     if not data.with_suffix(".idx").exists():
         generator = torch.Generator().manual_seed(0)
         with BinidxWriter(data, load_tokenizer("world")) as writer:
             for _ in range(TOKENS // 2048):
                 writer.add_document(torch.randint(1, case.vocab - 1, (2048,), generator=generator).tolist())
-        Path(f"{data}.meta.json").unlink()  # it names a larger vocabulary than some cases have
+        Path(f"{data}.meta.json").unlink()  # its vocabulary is larger than that of some cases
     if not case.stored:
         shape = {"n_layer": case.layers, "n_embd": case.width, "vocab_size": case.vocab}
         return ["--data_file", str(data), *(word for k, v in shape.items() for word in (f"--{k}", str(v)))]
@@ -125,25 +125,27 @@ def flags_of(case: Case, folder: Path) -> list[str]:
 
 
 def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (the most), bytes."""
+    """Return VmRSS (current) or VmHWM (peak) in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
 def measure(case: Case, folder: Path) -> None:
-    """Run the case in this process; print what its memory grew by, at most."""
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    """Run the case in this process, and print by how many bytes its memory grew at most."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     start = resident("VmRSS")
-    run(cli.resolve(cli.parse_args(flags_of(case, folder))))
+    train(config_from_argv(flags_of(case, folder)))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(json.dumps(resident("VmHWM") - start))
 
 
 def compare(name: str, folder: Path) -> tuple[int, int]:
-    """Expected and measured bytes of a case."""
-    expected = expect(cli.resolve(cli.parse_args(flags_of(CASES[name], folder)))).peak
+    """Return the estimated and the measured bytes of a case."""
+    config = config_from_argv(flags_of(CASES[name], folder))
+    base = open_base(config)
+    expected = expect(resolve_shape(config, base), base).peak
     command = [sys.executable, __file__, "--case", name, "--folder", str(folder)]
-    # One thread: on a busy machine two wait for each other, and memory does not depend on it.
+    # One thread: on a busy machine, two threads would wait for each other. The memory does not depend on it.
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
@@ -153,8 +155,8 @@ def compare(name: str, folder: Path) -> tuple[int, int]:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"], help="Only cases that match.")
-    parser.add_argument("--folder", metavar="DIR", help="Keep bases and data there; a temporary folder otherwise.")
+    parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"], help="Run only cases that match.")
+    parser.add_argument("--folder", metavar="DIR", help="Keep base models and data in this folder [a temporary one].")
     parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.case:
@@ -162,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.folder or temporary)
-        print("| run | layers x width | expected MB | measured MB | difference |\n|---|---|---|---|---|")
+        print("| run | layers x width | estimated MB | measured MB | difference |\n|---|---|---|---|---|")
         for name, case in CASES.items():
             if any(fnmatchcase(name, glob) for glob in args.only):
                 expected, measured = compare(name, folder)

@@ -1,7 +1,7 @@
-"""Every method at the same budget: speed, memory and the time of its start, relative to LoRA, in one run.
+"""Measures speed, memory and start-up time of every method, relative to LoRA, with the same number of parameters.
 
-The budget is LoRA's with r=32, in trained numbers, where a method can meet it. Every run is a process of its own, and
-the methods take turns (see bench_train.py).
+Where possible, a method has as many trainable parameters as LoRA with r=32. Every run is a separate process, and the
+methods take turns (see bench_train.py).
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-# The package, then this folder, last: names like tools/inspect.py would hide the standard library's.
-sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
-sys.path.append(str(Path(__file__).resolve().parent))
+sys.path[:1] = [str(Path(__file__).resolve().parents[1] / folder) for folder in ("RWKV-PEFT", "tools")]
 
 from bench_train import LORA, Case, bone, parse_args, print_table, run_cases, shape
 

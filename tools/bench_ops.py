@@ -1,4 +1,4 @@
-"""Time operators against their alternatives, interleaved in one process: medians, spread, ratios. Not a test."""
+"""Times operators and their alternatives, interleaved in one process, and prints medians, spread and ratios."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.config.sections import PUBLIC_SHAPES, ModelConfig, PeftConfig
+from rwkv_peft.config.sections import PUBLIC_SHAPES, ModelConfig
 from rwkv_peft.errors import UserError, exit_with_message
 from rwkv_peft.memory.allocator import keep_freed_pages
 from rwkv_peft.model.rwkv6 import Block
 from rwkv_peft.model.state import first_state
-from rwkv_peft.ops.cross_entropy import linear_cross_entropy
+from rwkv_peft.ops.cross_entropy import linear_cross_entropy, masked_cross_entropy
 from rwkv_peft.ops.mix import op as mix
 from rwkv_peft.ops.mix import reference as mix_reference
 from rwkv_peft.ops.wkv6.fla import load_fla
 from rwkv_peft.ops.wkv6.op import wkv6
-from rwkv_peft.ops.wkv6.reference import masked_cross_entropy
 from rwkv_peft.peft.injection import inject
+from rwkv_peft.peft.registry import method_config
 
 METHODS = {
     "LoRA r=32": ("lora", {"r": 32}),
@@ -45,9 +45,9 @@ METHODS = {
 def interleaved(
     cases: Mapping[str, Callable[[], None]], runs: int, finish: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of every run of every case, taken in turn, after one round of warm-up.
+    """Return the seconds of every run of every case. The cases take turns, after one warm-up round.
 
-    `finish` waits for the device: a GPU still works on what has been called, and each run pays for its own only.
+    `finish` waits for the device, because a GPU may still be working on earlier calls.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for run in range(runs + 1):
@@ -62,7 +62,7 @@ def interleaved(
 
 
 def block_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Forward and backward of one block with an adapter on all eight linear layers."""
+    """Return forward and backward of one block with an adapter on all eight linear layers, for each method."""
     torch.manual_seed(0)
     x = torch.randn(1, tokens, config.n_embd).to(dtype).requires_grad_()
     grad, state = torch.randn_like(x), first_state(config, 1, x.device, dtype)[0]
@@ -72,7 +72,7 @@ def block_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[st
         for parameter in block.parameters():
             nn.init.normal_(parameter, std=0.02)
         block = block.to(dtype)
-        inject(block, PeftConfig(peft=method, peft_config=options))
+        inject(block, method_config(method, options))
         return lambda: _step(block(x, state)[0], grad, x, block)
 
     return {name: case(*method) for name, method in METHODS.items()}
@@ -85,7 +85,7 @@ def _step(y: Tensor, grad: Tensor, x: Tensor, block: nn.Module) -> None:
 
 
 def wkv_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Forward and backward of WKV6 in all six inputs, by each backend."""
+    """Return forward and backward of WKV6 with gradients of all six inputs, for each backend."""
     torch.manual_seed(0)
     size = (1, tokens, config.n_head, config.head_size)
     r, k, v = (torch.randn(size).to(dtype).requires_grad_() for _ in range(3))
@@ -104,15 +104,17 @@ def wkv_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str,
 
 
 def wkv_flops(config: ModelConfig, tokens: int) -> int:
-    """Of one forward and backward by the recurrence's definition, N^2 per token and head (wkv6_call.h), whatever a
-    kernel makes of it: 5 forward (read 2, decay 1, write 2), 11 back (decay 1, write 2, and 2 each for the gradients
-    of r, k, v and the decay)."""
+    """Return the FLOPs of one forward and backward by the recurrence's definition (cuda/wkv6/wkv6_call.h).
+
+    Per token and head, these are 16 N^2: 5 forward (read 2, decay 1, write 2) and 11 backward (decay 1, write 2, and 2
+    each for the gradients of r, k, v and the decay).
+    """
     return 16 * tokens * config.n_head * config.head_size**2
 
 
 def fma_peak() -> float:
-    """GFLOP/s of fused multiply-adds in registers on all of PyTorch's threads: tools/fma_peak.cpp."""
-    source = Path(__file__).with_name("fma_peak.cpp")
+    """Return the GFLOP/s of fused multiply-adds in registers on all of PyTorch's threads (cuda/fma_peak.cpp)."""
+    source = Path(__file__).resolve().parents[1] / "cuda" / "fma_peak.cpp"
     with tempfile.TemporaryDirectory() as folder:
         program = f"{folder}/fma_peak"
         flags = ["-O3", "-march=native", "-fopenmp"]
@@ -122,7 +124,7 @@ def fma_peak() -> float:
 
 
 def loss_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Forward and backward of head and loss, fused and by the definition."""
+    """Return forward and backward of head and loss, fused and by the definition."""
     torch.manual_seed(0)
     hidden = torch.randn(1, tokens, config.n_embd).to(dtype).requires_grad_()
     weight = (torch.randn(config.vocab_size, config.n_embd) / config.n_embd**0.5).to(dtype)
@@ -134,8 +136,7 @@ def loss_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str
 
 
 def mix_cases(config: ModelConfig, tokens: int, dtype: torch.dtype) -> dict[str, Callable[[], None]]:
-    """Forward and backward of what a block does beside linear layers, LayerNorm and WKV6: all at once and one by one,
-    compiled and by plain torch operations."""
+    """Return forward and backward of a block's element-wise steps, together and one by one, compiled and plain."""
     torch.manual_seed(0)
     width, rank, decay_rank = config.n_embd, config.time_mix_rank, config.time_decay_rank
 
@@ -172,27 +173,29 @@ SUITES = {"block": block_cases, "wkv6": wkv_cases, "loss": loss_cases, "mix": mi
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="tools/bench_ops.py", description=__doc__, allow_abbrev=False)
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--shape", choices=PUBLIC_SHAPES, default="1.6B", help="Width of the block [1.6B].")
-    parser.add_argument("--tokens", type=int, default=512, help="Tokens of the one sequence [512].")
+    parser.add_argument(
+        "--shape", choices=PUBLIC_SHAPES, default="1.6B", help="Public model size, for the width [1.6B]."
+    )
+    parser.add_argument("--tokens", type=int, default=512, help="Tokens, in one sequence [512].")
     parser.add_argument("--dtype", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Where the operators run [cpu].")
-    parser.add_argument("--runs", type=int, default=7, help="Counted runs of each case [7].")
-    parser.add_argument("--keep_pages", action="store_true", help="On a CPU: keep freed memory, as train.py does.")
-    parser.add_argument("--json", metavar="FILE", help="Write every single time there too.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="Device of the operators [cpu].")
+    parser.add_argument("--runs", type=int, default=7, help="Measured runs per case [7].")
+    parser.add_argument("--keep_pages", action="store_true", help="Keep freed memory, as train.py does (CPU only).")
+    parser.add_argument("--json", metavar="FILE", help="Also write all times to FILE.")
     return parser.parse_args(argv)
 
 
 def device_line(device: str) -> str:
-    """What the operators run on.
+    """Return a description of the device.
 
     Raises:
-        UserError: cuda without a GPU.
+        UserError: the device is cuda and there is no GPU.
     """
     if device == "cpu":
         return f"{torch.get_num_threads()} threads"
     if not torch.cuda.is_available():
-        what = "this PyTorch sees no CUDA device"
-        raise UserError("--device cuda", what, hint="It needs a GPU, its driver and a CUDA build of PyTorch.")
+        what = "PyTorch finds no CUDA device"
+        raise UserError("--device cuda", what, hint="This needs a GPU, its driver and a CUDA build of PyTorch.")
     return torch.cuda.get_device_name()
 
 
@@ -209,7 +212,7 @@ def main(argv: Sequence[str]) -> None:
     for suite in args.suite:
         for name in args.dtype:
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
-            with torch.device(args.device):  # suites name no device: what they make lies on this one
+            with torch.device(args.device):  # the default device of the tensors that the suites create
                 cases = SUITES[suite](config, args.tokens, dtype)
             times = interleaved(cases, args.runs, finish)
             results[f"{suite} {name}"] = times

@@ -1,4 +1,4 @@
-"""Measure how much of a small update reaches a bf16 output, for each form and each arithmetic, against float64."""
+"""Measures how much of a small update reaches a bf16 output, for each method and dtype of products, against float64."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ WIDTH, ROWS, BLOCK, RANK = 1024, 4096, 64, 32
 SIZES = (1e-6, 1e-5, 2e-5, 1e-4, 1e-3, 1e-2)
 FORMS = {"row": bone_row, "col": bone_col, "left": bone_left}
 Form = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
-"""x, W, size of the trained numbers -> y and the true dW in float64."""
+"""A function of x, W and the size of the adapter's elements. It returns y, and the true dW in float64."""
 
 
 def bone_form(mode: str, stochastic: bool = False, materialized: bool = False) -> Form:
     def form(x: Tensor, weight: Tensor, size: float) -> tuple[Tensor, Tensor]:
         bone = size * torch.randn(WIDTH // BLOCK, BLOCK, BLOCK)
-        bone = bone.bfloat16().float()  # so that rounding the trained numbers themselves is not counted
+        bone = bone.bfloat16().float()  # exact in bf16, so that rounding the adapter is not measured
         y = bone_materialized(x, weight, bone, mode) if materialized else FORMS[mode](x, weight, bone, stochastic)
         return y, block_affine_delta(weight.double(), bone.double(), mode)
 
@@ -44,7 +44,7 @@ def lora_form(x: Tensor, weight: Tensor, size: float) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def arithmetic(wide: bool) -> Iterator[None]:
-    """bf16 rows multiplied in fp32, or in bf16, whatever this CPU prefers."""
+    """Compute products of bf16 rows in fp32 (wide) or in bf16, on any CPU."""
     before, products._has_amx = products._has_amx, lambda: not wide
     try:
         yield
@@ -53,7 +53,7 @@ def arithmetic(wide: bool) -> Iterator[None]:
 
 
 def share(form: Form, size: float, draws: int) -> list[float]:
-    """<what arrived, the true update> / <the true update, itself> over all rows, one number a draw."""
+    """Return <measured update, true update> / <true update, true update> over all rows, one value per draw."""
     shares = []
     for seed in range(draws):
         torch.manual_seed(seed)
@@ -80,9 +80,9 @@ for _mode in FORMS:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="tools/bench_rounding.py", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--draws", type=int, default=4, help="Draws of all numbers behind each mean [4].")
+    parser.add_argument("--draws", type=int, default=4, help="Number of random draws for each mean [4].")
     args = parser.parse_args(argv)
-    print(f"{'size of the trained numbers':<32}", *(f"{size:>15g}" for size in SIZES))
+    print(f"{'size of the adapter elements':<32}", *(f"{size:>15g}" for size in SIZES))
     for name, (wide, form) in CASES.items():
         with arithmetic(wide):
             shares = [share(form, size, args.draws) for size in SIZES]

@@ -1,7 +1,7 @@
-"""How fast rows come, by --dataload, and what packing gains; the second half of bench_data.py.
+"""Measures how fast each --dataload mode reads rows, and what packing gains. This is the second half of bench_data.py.
 
-The pair is English text cut into documents of chat-like lengths (lognormal: median 300 tokens, 95 % below 1,500). Each
-half of a document is masked, as if it were a question, so that the mask is read too.
+The data are English text, cut into documents with the lengths of chats (lognormal: median 300 tokens, 95 % below
+1,500). The first half of each document is masked like a question, so that the mask is read too.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from rwkv_peft.config.sections import DataConfig, ModelConfig, OptimConfig, Peft
 from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.datamodule import BinidxDataModule
 from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.data.training_data import open_data
 from rwkv_peft.model.init import model_from_scratch
 from rwkv_peft.peft.methods.bone import BoneConfig
 from rwkv_peft.training.optim.optimizer import build_optimizer
 
 MODES = ("get", "walk", "pad", "only", "pack")
 MEDIAN, SPREAD = 300, np.log(5) / 1.645
-"""Of the lengths: tokens, and the lognormal's sigma that puts 95 % below five medians."""
+"""Median length in tokens, and the sigma of the lognormal distribution with 95 % below five medians."""
 TOKENIZER = "bytes"
-"""A small vocabulary: the head is a small part of a step, as it is in large models."""
+"""With a small vocabulary the head is a small part of a step, as in large models."""
 MODEL = ModelConfig(n_layer=6, n_embd=512, vocab_size=257)
 
 Batches = Iterator[dict[str, Tensor]]
 
 
 def write_chat_like(prefix: Path, texts: Iterator[str], documents: int) -> None:
-    """A pair of `documents` cut out of the texts."""
+    """Write a pair with `documents` documents, cut from the texts."""
     tokenizer, ids = load_tokenizer(TOKENIZER), []
     lengths = np.random.default_rng(0).lognormal(np.log(MEDIAN), SPREAD, documents).astype(int).clip(2)
     with BinidxWriter(prefix, tokenizer) as writer:
@@ -51,7 +52,7 @@ def write_chat_like(prefix: Path, texts: Iterator[str], documents: int) -> None:
 
 
 def batches(prefix: Path, mode: str, ctx_len: int, micro_bsz: int, loss_mask: str = "auto") -> Batches:
-    """As one process of a run gets them."""
+    """Yield batches without end, as one process of a run reads them."""
     config = DataConfig(
         data_file=str(prefix),
         dataload=mode,
@@ -59,15 +60,15 @@ def batches(prefix: Path, mode: str, ctx_len: int, micro_bsz: int, loss_mask: st
         micro_bsz=1 if mode == "only" else micro_bsz,
         loss_mask=loss_mask,
     )
-    data = BinidxDataModule(config, load_tokenizer(TOKENIZER).vocab_size)
-    data.setup()
-    data.trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0, accumulate_grad_batches=1)
+    data = BinidxDataModule(open_data(config), micro_batches_per_step=1)
+    data.trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0)
     while True:
-        yield from data.train_dataloader()
+        for step in data.train_dataloader():
+            yield from step
 
 
 def rates(found: Batches, count: int) -> tuple[float, float]:
-    """Batches and tokens for each second; opening the pair is not counted."""
+    """Return batches and tokens per second, without the time to open the pair."""
     next(found)
     begun = time.perf_counter()
     tokens = sum(batch["input_ids"].numel() for batch in islice(found, count))
@@ -76,9 +77,9 @@ def rates(found: Batches, count: int) -> tuple[float, float]:
 
 
 def stepper() -> Callable[[dict[str, Tensor]], int]:
-    """A function that trains Bone on one batch and returns how many tokens trained."""
+    """Return a function that trains Bone on one batch and returns the number of tokens in the loss."""
     model = model_from_scratch(MODEL.resolved(), seed=0)
-    add_adapter(model, PeftConfig(peft="bone", peft_config=vars(BoneConfig(r=64))))
+    add_adapter(model, PeftConfig(method=BoneConfig(r=64)))
     optimizer = build_optimizer(model, OptimConfig())
 
     def step(batch: dict[str, Tensor]) -> int:
@@ -92,7 +93,9 @@ def stepper() -> Callable[[dict[str, Tensor]], int]:
 
 
 def bench_reading(prefix: Path, args: argparse.Namespace) -> None:
-    print(f"reading: rows of {args.ctx_len} tokens, {args.micro_bsz} a batch, one process, middle of {args.runs}")
+    print(
+        f"reading: rows of {args.ctx_len} tokens, {args.micro_bsz} per batch, one process, median of {args.runs} runs"
+    )
     for mode in MODES:
         found = batches(prefix, mode, args.ctx_len, args.micro_bsz)
         turns = [rates(found, args.batches) for _ in range(args.runs)]
@@ -101,8 +104,10 @@ def bench_reading(prefix: Path, args: argparse.Namespace) -> None:
 
 
 def bench_packing(prefix: Path, args: argparse.Namespace) -> None:
-    """Tokens that train for each second, pack over pad, taken in turns; of all turns together, since a few padded rows
-    hold few or many tokens by chance."""
+    """Print the tokens in the loss per second for pad and pack, which take turns.
+
+    The rate is computed over all turns, because a few padded rows have few or many tokens by chance.
+    """
     step, seconds, trained = stepper(), {"pad": [], "pack": []}, {"pad": [], "pack": []}
     sources = {mode: batches(prefix, mode, args.ctx_len, args.micro_bsz, "pad") for mode in seconds}
     for turn in range(args.runs + 1):
@@ -117,5 +122,5 @@ def bench_packing(prefix: Path, args: argparse.Namespace) -> None:
     speeds = {mode: sum(trained[mode]) / sum(seconds[mode]) for mode in seconds}
     for mode, speed in speeds.items():
         turns = [1000 * turn / args.steps for turn in seconds[mode]]
-        print(f"  {mode:<5} {speed:7.0f} trained tokens/s  a step {min(turns):.0f} to {max(turns):.0f} ms")
-    print(f"  pack is x{speeds['pack'] / speeds['pad']:.2f} pad")
+        print(f"  {mode:<5} {speed:7.0f} tokens in the loss/s  {min(turns):.0f} to {max(turns):.0f} ms per step")
+    print(f"  pack: x{speeds['pack'] / speeds['pad']:.2f} of the speed of pad")

@@ -1,7 +1,7 @@
-"""Train a few steps with each method, as the paper's Table 7 does: tokens/s and peak memory, relative to LoRA.
+"""Trains a few steps with each method, as in the paper's Table 7: tokens/s and peak memory, relative to LoRA.
 
-Every run is a process of its own (a peak of memory cannot be measured twice in one), and the methods take turns.
-The weights are random and in --precision; nothing is read or saved.
+Every run is a separate process, because a process has only one peak of memory, and the methods take turns. The weights
+are random and stored in --precision. Nothing is read or saved.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-# Before dataclasses, which imports inspect: tools/inspect.py would hide the standard library's.
 sys.path[0] = str(Path(__file__).resolve().parents[1] / "RWKV-PEFT")
 
 import argparse
@@ -27,15 +26,15 @@ import torch
 from torch import nn
 
 from rwkv_peft.adapted_model import add_adapter
-from rwkv_peft.config.sections import PUBLIC_SHAPES, ModelConfig, OptimConfig, PeftConfig
+from rwkv_peft.config.sections import PUBLIC_SHAPES, ModelConfig, OptimConfig, PeftConfig, RunConfig
 from rwkv_peft.errors import UserError, exit_with_message
 from rwkv_peft.memory.allocator import keep_freed_pages
 from rwkv_peft.model.init import model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.peft.injection import targeted
-from rwkv_peft.peft.methods.lisa import LisaConfig
+from rwkv_peft.peft.registry import method_config
 from rwkv_peft.training.optim.initial_gradients import mean_gradients
-from rwkv_peft.training.optim.lisa import BlockDraw
+from rwkv_peft.training.optim.lisa import BlockFreezer
 from rwkv_peft.training.optim.optimizer import build_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -50,7 +49,7 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     grad_cp: bool = False
     paper: str = ""
-    """Speed and memory relative to LoRA in the paper's Table 7 (RWKV-6 1.6B, one 4090), where it has that row."""
+    """Speed and memory relative to LoRA in the paper's Table 7 (RWKV-6 1.6B, one 4090), if it has this row."""
     quant: str = "none"
 
 
@@ -77,11 +76,11 @@ CASES = {
 
 
 def build_model(config: ModelConfig, case: Case, dtype: torch.dtype, device: str) -> RWKV6:
-    """A model of random weights that carries the case's adapter."""
+    """Return a model with random weights and the case's adapter."""
     model = model_on_meta(config)
     model.dtype, model.grad_cp = dtype, case.grad_cp
     model = model.to(dtype).to_empty(device=device)
-    noise = torch.randn(2**20, dtype=dtype, device=device) * 0.02  # one million numbers, over and over: quickly made
+    noise = torch.randn(2**20, dtype=dtype, device=device) * 0.02  # repeated for all parameters: fast
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             flat = parameter.view(-1)
@@ -93,23 +92,23 @@ def build_model(config: ModelConfig, case: Case, dtype: torch.dtype, device: str
     if case.peft == "bat":
         add_peer(model, case.options["r"])
     else:
-        peft = PeftConfig(peft=case.peft, peft_config=case.options, quant=case.quant)
+        peft = PeftConfig(method=method_config(case.peft, case.options), quant=case.quant)
         add_adapter(model, peft, gradients=gradients(model, peft))
     return model
 
 
 def gradients(model: RWKV6, peft: PeftConfig) -> Mapping[str, torch.Tensor] | None:
-    """What LoRA-GA starts from, on one batch of 64 random tokens."""
-    if peft.peft != "lora_ga":
+    """Return the gradients that LoRA-GA needs, from one batch of 64 random tokens; None for other methods."""
+    if not peft.method.gradient_samples:
         return None
     ids = torch.randint(model.config.vocab_size, (1, 65), device=model.emb.weight.device)
     targets = ids[:, 1:]
     batch = {"input_ids": ids[:, :-1], "targets": targets, "loss_mask": torch.ones_like(targets, dtype=torch.bool)}
-    return mean_gradients(model, targeted(model, peft), [batch])
+    return mean_gradients(model, targeted(model, peft.method, peft.peft_targets), [batch])
 
 
 def add_peer(model: RWKV6, r: int) -> None:
-    """Hugging Face PEFT's Bone layer in its `bat` form, which is col."""
+    """Add Hugging Face PEFT's Bone layer in its `bat` form, which is col."""
     from peft.tuners.bone.layer import BoneLinear
 
     for parameter in model.parameters():
@@ -122,7 +121,7 @@ def add_peer(model: RWKV6, r: int) -> None:
 
 
 def measure(args: argparse.Namespace, case: Case) -> dict[str, float]:
-    """One case, in this process: seconds of each counted step and of the start, peak and kept memory in MiB."""
+    """Run one case in this process. Return the seconds of each counted step and of the start-up, and memory in MiB."""
     dtype = DTYPES[args.precision]
     if args.keep_pages:
         keep_freed_pages()
@@ -132,7 +131,8 @@ def measure(args: argparse.Namespace, case: Case) -> dict[str, float]:
     start = time.perf_counter() - began
     optimizer = build_optimizer(model, OptimConfig(lr_init=1e-5), by_block=case.peft == "lisa")
     if case.peft == "lisa":
-        BlockDraw(LisaConfig(**case.options), model.config.n_layer, seed=0).apply(model.blocks, optimizer, step=0)
+        config = RunConfig(model=model.config, peft=PeftConfig(method=method_config(case.peft, case.options)))
+        BlockFreezer(config).apply(model.blocks, optimizer, step=0)
     ids = torch.randint(args.vocab, (1, args.tokens + 1), device=args.device)
     mask = torch.ones(1, args.tokens, dtype=torch.bool, device=args.device)
 
@@ -158,7 +158,7 @@ def measure(args: argparse.Namespace, case: Case) -> dict[str, float]:
 
 
 def kept_bytes(model: nn.Module, step: Any) -> int:
-    """Run a step and count what autograd keeps for backward, each storage once, parameters aside."""
+    """Run a step, and return the bytes that autograd saves for backward. Parameters do not count."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     sizes: dict[int, int] = {}
 
@@ -181,7 +181,7 @@ def reset_peak(device: str) -> None:
 
 
 def peak_bytes(device: str) -> int:
-    """Of the allocator on a GPU; of the process on a CPU, weights included."""
+    """Return the peak of the allocator on a GPU, or of the process on a CPU, including weights."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()
@@ -194,7 +194,7 @@ def shape(args: argparse.Namespace) -> ModelConfig:
 
 
 def run_apart(program: str, args: argparse.Namespace, case: str) -> dict[str, Any]:
-    """`measure` in a new process, with freed pages kept or not."""
+    """Run `measure` in a new process."""
     command = [sys.executable, program, "--case", case, "--steps", str(args.steps), "--tokens", str(args.tokens)]
     command += ["--shape", args.shape, "--layers", str(args.layers), "--vocab", str(args.vocab)]
     command += ["--precision", args.precision, "--device", args.device]
@@ -206,7 +206,7 @@ def run_apart(program: str, args: argparse.Namespace, case: str) -> dict[str, An
 
 
 def product_rate(dtype: torch.dtype, width: int, tokens: int) -> float:
-    """FLOP/s of a plain torch product of one layer's size, the fastest of several."""
+    """Return the FLOP/s of a plain torch product with the size of one layer: the fastest of several."""
     x, weight = torch.randn(tokens, width).to(dtype), torch.randn(width, width).to(dtype)
     seconds = []
     for _ in range(20):
@@ -217,7 +217,7 @@ def product_rate(dtype: torch.dtype, width: int, tokens: int) -> float:
 
 
 def lora_flops(config: ModelConfig, tokens: int, r: int) -> float:
-    """FLOPs of LoRA's products in a step: W forward and for x's gradient, A and B forward and for both gradients."""
+    """Return the FLOPs of LoRA's products in a step: W for y and x's gradient, A and B for y and both gradients."""
     c, f = config.n_embd, config.dim_ffn
     sizes = [(c, c)] * 6 + [(f, c), (c, f)]
     block = sum(4 * rows * columns + 6 * r * (rows + columns) for rows, columns in sizes)
@@ -225,11 +225,11 @@ def lora_flops(config: ModelConfig, tokens: int, r: int) -> float:
 
 
 Results = Mapping[str, list[dict[str, Any]]]
-"""The figures of every run of every case; the others are compared with the first."""
+"""The measurements of every run of every case. The table compares all cases with the first."""
 
 
 def print_table(args: argparse.Namespace, results: Results, heading: str, last: Callable[[str], str]) -> None:
-    """Speed and memory of every case, and what `last` says of it, under `heading`."""
+    """Print speed and memory of every case. The last column is `last(case)` with the title `heading`."""
 
     def middle(case: str, key: str) -> float:
         return statistics.median(run[key] for run in results[case])
@@ -252,24 +252,26 @@ def print_table(args: argparse.Namespace, results: Results, heading: str, last: 
 def parse_args(argv: Sequence[str], cases: Mapping[str, Case], description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--shape", choices=PUBLIC_SHAPES, default="0.1B", help="Public model size [0.1B].")
-    parser.add_argument("--layers", type=int, default=0, help="Fewer layers than the shape has; 0 is all [0].")
+    parser.add_argument("--layers", type=int, default=0, help="Number of layers; 0: all layers of the shape [0].")
     parser.add_argument("--vocab", type=int, default=65536, help="Rows of embedding and head [65536].")
-    parser.add_argument("--tokens", type=int, default=512, help="Tokens of the one sequence of a step [512].")
+    parser.add_argument("--tokens", type=int, default=512, help="Tokens per step, in one sequence [512].")
     parser.add_argument("--precision", choices=DTYPES, default="bf16")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=3, help="Processes of each case, taken in turn [3].")
-    parser.add_argument("--steps", type=int, default=1, help="Counted steps of each process, after a warm-up [1].")
-    parser.add_argument("--only", nargs="+", metavar="GLOB", default=["*"], help="Only LoRA and the cases that match.")
-    parser.add_argument("--keep_pages", action="store_true", help="On a CPU: keep freed memory, as train.py does.")
-    parser.add_argument("--json", metavar="FILE", help="Write every figure there too.")
+    parser.add_argument("--repeats", type=int, default=3, help="Processes per case, which take turns [3].")
+    parser.add_argument("--steps", type=int, default=1, help="Measured steps per process, after a warm-up step [1].")
+    parser.add_argument(
+        "--only", nargs="+", metavar="GLOB", default=["*"], help="Run only LoRA and the cases that match."
+    )
+    parser.add_argument("--keep_pages", action="store_true", help="Keep freed memory, as train.py does (CPU only).")
+    parser.add_argument("--json", metavar="FILE", help="Also write all measurements to FILE.")
     parser.add_argument("--case", choices=cases, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def run_cases(program: str, args: argparse.Namespace, cases: Mapping[str, Case]) -> Results | None:
-    """Every asked-for case, in turn; None where this process is one of them, and has printed its figures."""
+    """Run the selected cases in turn. Return None if this process runs one case only, whose results it has printed."""
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda", "this PyTorch sees no CUDA device", hint="Leave the flag away for the CPU.")
+        raise UserError("--device cuda", "PyTorch finds no CUDA device", hint="Omit the flag to use the CPU.")
     if args.case:
         print(json.dumps(measure(args, cases[args.case])))
         return None

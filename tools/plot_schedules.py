@@ -1,4 +1,4 @@
-"""Draw every --lr_schedule: python tools/plot_schedules.py docs/schedules.png"""
+"""Plot every learning-rate schedule of --lr_schedule: python tools/plot_schedules.py docs/pictures/schedules.png"""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ STEPS, WARMUP, LR_INIT, LR_FINAL = 1000, 50, 1e-4, 1e-6
 
 
 def main(argv: Sequence[str]) -> None:
+    """Write the picture that the command line names."""
     if len(argv) != 1:
-        raise UserError("command line", "names no picture", hint="python tools/plot_schedules.py docs/schedules.png")
+        hint = "Example: python tools/plot_schedules.py docs/pictures/schedules.png"
+        raise UserError("command line", "no picture to write", expected="one path of a .png file", hint=hint)
     plot(Path(argv[0]))
 
 
 def plot(path: Path) -> None:
-    """One run of each schedule, from the same flags, on a linear and on a logarithmic axis."""
+    """Plot all schedules with the same flags, on a linear and on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -30,7 +32,7 @@ def plot(path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for axis, scale in zip(axes, ("linear", "log"), strict=True):
-        for name in sorted(SCHEDULES, key="constant".__eq__):  # last, dashed: over wsd, which begins like it
+        for name in sorted(SCHEDULES, key="constant".__eq__):  # constant last and dashed: wsd starts with the same line
             optim = OptimConfig(lr_schedule=name, lr_init=LR_INIT, lr_final=LR_FINAL, warmup_steps=WARMUP)
             rates = [learning_rate(step, STEPS, optim) for step in range(STEPS)]
             axis.plot(rates, "k--" if name == "constant" else "-", label=name)

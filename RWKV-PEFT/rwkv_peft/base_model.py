@@ -1,33 +1,32 @@
-"""Base model files: safe loading, recognising what a file is, fingerprints, atomic writing."""
+"""Base model files (`.pth`): loading without executing code, identifying the model, fingerprints, and saving."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from rwkv_peft.config.sections import ModelConfig
 from rwkv_peft.errors import CheckpointError
-from rwkv_peft.files import sync_folder
+from rwkv_peft.files import atomic_write
 
 UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, OSError, AttributeError, TypeError,
 )  # fmt: skip
-"""What torch.load raises on files that are no checkpoints, depending on their bytes."""
+"""The exceptions that torch.load may raise for files that are not checkpoints."""
 
 SAMPLES_PER_TENSOR = 8
-"""Values of each tensor that a fingerprint keeps."""
+"""Number of values of each tensor in a fingerprint."""
 
 SHAPE_KEYS = (
     "emb.weight",
@@ -38,19 +37,55 @@ SHAPE_KEYS = (
     "blocks.0.att.key.weight",
     "blocks.0.ffn.key.weight",
 )
-"""The matrices that a model's shape is read from."""
+"""The matrices from which a model's shape is read."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """An open base model file. Values derived from its tensors are computed on first use and cached.
+
+    Open the file once with `BaseModel.open` and pass the object on.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    """The file's tensors, memory-mapped, in file order."""
+
+    @classmethod
+    def open(cls, path: str | Path) -> BaseModel:
+        """Open a `.pth` file. Only its index is read now; the tensors' values are read when they are used.
+
+        Raises:
+            CheckpointError: the file is missing, truncated, or not a plain dict of tensors.
+        """
+        return cls(Path(path), load_base(path))
+
+    @cached_property
+    def shape(self) -> ModelConfig:
+        """The model's shape. Raises CheckpointError if the file is not a complete RWKV-6 model."""
+        return shape_of(self.tensors, self.path)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """Identifies this model in any floating-point dtype; compare with `same_base`."""
+        return fingerprint(self.tensors)
+
+    @cached_property
+    def has_time_state(self) -> bool:
+        """Whether the file holds tuned initial states (`blocks.N.att.time_state`)."""
+        return bool(time_states(self.tensors))
 
 
 def load_base(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a `.pth`, memory-mapped, in file order. Nothing in the file is executed.
+    """Return the tensors of a `.pth` file, memory-mapped and in file order. No code in the file is executed.
 
     Raises:
-        CheckpointError: missing, truncated, or not a plain dict of tensors.
+        CheckpointError: the file is missing, truncated, or not a plain dict of tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
-            str(path), "is a folder" if path.is_dir() else "no such file", expected="a .pth model file"
+            str(path), "this is a folder" if path.is_dir() else "no such file", expected="a .pth model file"
         )
     try:
         content = _torch_load(path)
@@ -65,7 +100,7 @@ def load_base(path: str | Path) -> dict[str, Tensor]:
         for key, value in content.items()
     )
     if not plain or not content:
-        expected = "a dict of named, dense floating-point tensors, as RWKV's .pth files are"
+        expected = "a dict of names and dense floating-point tensors"
         raise CheckpointError(str(path), "not a model file", expected=expected)
     return content
 
@@ -76,18 +111,19 @@ def _first_bytes(path: Path, count: int = 64) -> bytes:
 
 
 def _refusal(path: Path) -> tuple[str, str]:
-    """Why a file that torch would not load is none of ours, by its first bytes; and the way out."""
+    """Return what is wrong with a file that torch cannot load, judged by its first bytes, and how to fix it."""
     head = _first_bytes(path)
     size = f"{path.stat().st_size} bytes"
     if head.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer, not the model", "Fetch the file itself: git lfs pull."
+        return "this is a git-lfs pointer, not the model", "Run: git lfs pull"
     if head.lstrip()[:1] in (b"<", b"{"):
-        return "a web page or text, not a model", "Download the .pth file itself."
+        return "this is a web page or text, not a model", "Download the .pth file itself."
     if head[8:9] == b"{":
-        return "a .safetensors file, not a .pth", "Give a base model in RWKV's .pth format."
+        return "this is a .safetensors file, not a .pth file", "Use a base model in RWKV's .pth format."
     if (head.startswith(b"PK") and zipfile.is_zipfile(path)) or head.startswith(b"\x80"):
-        return f"refused: it holds more than plain tensors, or is cut off ({size})", "Nothing in it was executed."
-    return f"cannot be read, damaged or cut off ({size})", "Download it again."
+        what = f"refused, because it contains more than plain tensors or is truncated ({size})"
+        return what, "No code in it was executed."
+    return f"cannot be read; it is damaged or truncated ({size})", "Download it again."
 
 
 def _torch_load(path: Path) -> Any:
@@ -96,14 +132,14 @@ def _torch_load(path: Path) -> Any:
     except RuntimeError as error:
         if "mmap can only be used" not in str(error):
             raise
-    return torch.load(path, map_location="cpu", weights_only=True)  # torch's old format cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True)  # torch's old format cannot be memory-mapped
 
 
 def shape_of(state: Mapping[str, Tensor], path: str | Path) -> ModelConfig:
-    """The model's shape, read off its tensors.
+    """Return the model's shape, read from its tensors. `path` is only for error messages.
 
     Raises:
-        CheckpointError: an RWKV of another generation (named), an adapter, or no RWKV at all.
+        CheckpointError: the tensors are an adapter, another RWKV generation, or not an RWKV model.
     """
     _refuse_other_models(state, str(path))
     maa_w1, decay_w1 = state["blocks.0.att.time_maa_w1"], state["blocks.0.att.time_decay_w1"]
@@ -125,18 +161,24 @@ def _refuse_other_models(state: Mapping[str, Tensor], path: str) -> None:
     found = _generation(state)
     if found != "RWKV-6":
         raise CheckpointError(
-            path, "wrong kind of model", found=found, expected="RWKV-6 (x060)", hint="See README: Base models."
+            path,
+            "wrong kind of model",
+            found=found,
+            expected="RWKV-6 (x060)",
+            hint='See docs/training.md, "Base models".',
         )
     missing = [key for key in SHAPE_KEYS if key not in state]
     if missing:
-        raise CheckpointError(path, f"incomplete RWKV-6: {', '.join(missing)} missing")
+        raise CheckpointError(path, f"incomplete RWKV-6 model; missing {', '.join(missing)}")
     for key in SHAPE_KEYS:
         if state[key].ndim != 2:
-            raise CheckpointError(path, f"{key} has another shape", found=tuple(state[key].shape), expected="a matrix")
+            raise CheckpointError(
+                path, f"{key} has the wrong shape", found=tuple(state[key].shape), expected="a matrix"
+            )
 
 
 def _generation(state: Mapping[str, Tensor]) -> str:
-    """What a state dict is, by the keys that tell the generations apart."""
+    """Return what a state dict is, judged by the keys that differ between RWKV generations."""
 
     def has(suffix: str) -> bool:
         return any(key.endswith(suffix) for key in state)
@@ -152,28 +194,28 @@ def _generation(state: Mapping[str, Tensor]) -> str:
     if has(".bone") or has(".disha") or has(".lora_A"):
         return "an adapter without its base"
     if has(".att.time_state"):
-        return "a tuned state without its base (tools/merge.py puts both together)"
-    return f"no RWKV (first keys: {', '.join(list(state)[:3])})"
+        return "a tuned state without its base (rwkv-peft merge combines them)"
+    return f"not an RWKV model (first keys: {', '.join(list(state)[:3])})"
 
 
 def time_states(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a model's tensors state tuning trains: `blocks.N.att.time_state`, (H, N, N), [value][key]."""
+    """Return the tensors trained by state tuning: `blocks.N.att.time_state`, (H, N, N), indexed [value][key]."""
     return {key: tensor for key, tensor in state.items() if key.endswith(".att.time_state")}
 
 
 def check_keys(
     expected: Mapping[str, torch.Size], state: Mapping[str, Tensor], path: str | Path, what: str = "RWKV-6"
 ) -> None:
-    """Raise CheckpointError unless names and shapes agree exactly; `what` says what the keys should have been."""
+    """Raise CheckpointError unless names and shapes are equal. `what` names the expected kind of file in the error."""
     missing = [key for key in expected if key not in state]
     extra = [key for key in state if key not in expected]
     if missing or extra:
         lists = [f"{label}: {_few(keys)}" for label, keys in (("missing", missing), ("unknown", extra)) if keys]
-        raise CheckpointError(str(path), f"keys do not fit this {what}: {'; '.join(lists)}")
+        raise CheckpointError(str(path), f"the keys do not match this {what}: {'; '.join(lists)}")
     for key, shape in expected.items():
         if state[key].shape != shape:
             raise CheckpointError(
-                str(path), f"{key} has another shape", found=tuple(state[key].shape), expected=tuple(shape)
+                str(path), f"{key} has the wrong shape", found=tuple(state[key].shape), expected=tuple(shape)
             )
 
 
@@ -185,7 +227,10 @@ def _few(keys: list[str]) -> str:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What tells one base from another whatever dtype it is stored in: names, shapes, and a few values of each."""
+    """Return a summary that identifies a base model in any floating-point dtype; compare two with `same_base`.
+
+    It holds a hash of all names and shapes, and the dtype and a few values of each tensor.
+    """
     keys = sorted(state)
     shapes = json.dumps([[key, list(state[key].shape)] for key in keys])
     return {
@@ -198,14 +243,17 @@ def fingerprint(state: Mapping[str, Tensor]) -> dict[str, Any]:
 def _samples(tensor: Tensor) -> list[float]:
     flat = tensor.detach().reshape(-1)
     count = min(SAMPLES_PER_TENSOR, flat.numel())
-    where = torch.linspace(0, flat.numel() - 1, count, dtype=torch.float64).long()  # fp32 would go past the end
+    where = torch.linspace(
+        0, flat.numel() - 1, count, dtype=torch.float64
+    ).long()  # in fp32 the last index could be out of range
     return flat[where].double().tolist()
 
 
 def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """True where two fingerprints are of one model, stored in whatever dtypes.
+    """Return whether two fingerprints describe the same model, possibly stored in different dtypes.
 
-    Values of one dtype must be equal; of two dtypes, equal to a step of the coarser, since one is the other rounded.
+    Values of the same dtype must be equal. Values of different dtypes may differ by one step of the coarser dtype,
+    because one value may be the other one rounded.
     """
     if a["shapes"] != b["shapes"]:
         return False
@@ -214,12 +262,12 @@ def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def _same_values(a: Tensor, b: Tensor, step: float) -> bool:
-    # Below fp16's smallest normal number its steps are absolute, 6e-8 wide.
+    # Below fp16's smallest normal value its steps have a constant width of 6e-8.
     return torch.equal(a, b) if step == 0 else torch.allclose(a, b, rtol=step, atol=1e-7)
 
 
 def _step(a: str, b: str) -> float:
-    """Relative step of the coarser of two dtypes; 0 where they are the same."""
+    """Return the relative step of the coarser of two dtypes; 0 if they are the same."""
     return 0.0 if a == b else max(torch.finfo(getattr(torch, name)).eps for name in (a, b))
 
 
@@ -227,35 +275,11 @@ def _step(a: str, b: str) -> float:
 
 
 def save_base(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a `.pth` that any RWKV program loads, whole or not at all; the key order is kept."""
-    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-    write_atomically(path, lambda temporary: torch.save(plain, temporary))
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Call `write` on a temporary file beside `path`, flush it to disk, then rename it into place.
+    """Write a `.pth` file that any RWKV program can load. The write is atomic, and the order of keys is kept.
 
     Raises:
         CheckpointError: the folder cannot be written, or the disk is full.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        write(temporary)
-        temporary.chmod(mode)  # some writers make private files
-        with temporary.open("rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:  # writers have their own ways to report a full disk
-        raise CheckpointError(str(path), f"cannot be written ({_first_line(error)})") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    with atomic_write(path, write_errors=(OSError, RuntimeError)) as temporary:  # torch.save raises RuntimeError
+        torch.save(plain, temporary)

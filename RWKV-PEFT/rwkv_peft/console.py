@@ -37,8 +37,19 @@ def warn(text: str) -> None:
 def _print_line(text: str, stream: TextIO) -> None:
     if not is_main_process():
         return
-    if "tqdm" in sys.modules:  # otherwise there is no bar, and nothing to import it for
+    if "tqdm" in sys.modules:  # without it there is no progress bar, so do not import it
         sys.modules["tqdm"].tqdm.write(text, file=stream)
     else:
         stream.write(f"{text}\n")
     stream.flush()
+
+
+def program_name(command: str) -> str:
+    """Return how the user started a command, for its usage line.
+
+    Returns:
+        `rwkv-peft COMMAND` for the installed program, or `python SCRIPT` for a script of a clone.
+    """
+    script = sys.argv[0]
+    is_script = script.endswith(".py") and not script.endswith("__main__.py")
+    return f"python {script}" if is_script else f"rwkv-peft {command}"

@@ -1,6 +1,6 @@
-"""Mistakes a user can mend, and the one place that prints them.
+"""Errors that a user can fix, and the one place that prints them.
 
-Every such error is one short message: where, what, found, expected, and the way out.
+Each error is one short message: where, what is wrong, what was found, what was expected, and how to fix it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
-    """Bad input. Shown without a traceback unless `--debug` is given.
+    """Invalid input. Printed without a traceback unless `--debug` is given.
 
     Args:
-        where: the flag, file or file:line at fault.
+        where: the flag, the file or the file:line.
         what: what is wrong, as a short clause.
-        found: what was there.
-        expected: what would have been right.
-        hint: what to do about it.
+        found: the value that was found.
+        expected: what a valid value is.
+        hint: how to fix it, as a sentence.
     """
 
     def __init__(
@@ -29,21 +29,21 @@ class UserError(Exception):
             message += f"; found {found}"
         if expected is not None:
             message += f"{',' if found is not None else ';'} expected {expected}"
-        message += "."
+        message = message.rstrip(".") + "."
         if hint:
             message += f" {hint}"
         super().__init__(message)
 
 
 class ConfigError(UserError):
-    """A flag (or a key of a flag's JSON) has a value that cannot be used."""
+    """A flag, or a key in a flag's JSON, has an invalid value."""
 
     def __init__(
         self,
         flag: str,
         key: str | None = None,
         *,
-        what: str = "bad value",
+        what: str = "invalid value",
         found: object = None,
         expected: object = None,
         hint: str | None = None,
@@ -53,14 +53,15 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A data file is missing, damaged or does not fit the model."""
+    """A data file is missing or damaged, or does not fit the model."""
 
 
 class BadRecord(Exception):
-    """A record of a data file cannot be used. Whoever reads the file knows where it is, and tells the user.
+    """A record of a data file is invalid. The code that reads the file knows its place and calls `at`.
 
     Args:
-        lines_down: how many lines below the record's first line the mistake is.
+        what, found, expected, hint: as in `UserError`.
+        line_offset: lines from the record's first line to the mistake.
     """
 
     def __init__(
@@ -70,35 +71,36 @@ class BadRecord(Exception):
         found: object = None,
         expected: object = None,
         hint: str | None = None,
-        lines_down: int = 0,
+        line_offset: int = 0,
     ) -> None:
         super().__init__(what)
-        self.lines_down = lines_down
-        # Text alone travels between processes: not every exception, for one, survives that.
+        self.line_offset = line_offset
+        # Only text: some objects, such as certain exceptions, cannot be sent to another process.
         self._found = None if found is None else str(found)
         self._what, self._expected, self._hint = what, expected, hint
 
     def at(self, where: str) -> DataError:
+        """Return the error for the user; `where` is the record's file and line."""
         return DataError(where, self._what, found=self._found, expected=self._expected, hint=self._hint)
 
     @property
     def reason(self) -> str:
-        """The message without a place."""
+        """The message without the place."""
         return str(self.at("")).removeprefix(": ")
 
 
 class CheckpointError(UserError):
-    """A model or adapter file is missing, damaged or does not fit."""
+    """A model, adapter or checkpoint file is missing or damaged, does not fit, or cannot be written."""
 
 
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str | None:
-    """A hint at the known name that `name` was probably meant to be; None where none is near."""
+    """Return a hint that suggests the most similar known name; None if none is similar."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"Did you mean {prefix}{close[0]}?" if close else None
 
 
 def exit_with_message(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Run a program's `main(argv)`; turn a UserError into one message on stderr and exit code 2."""
+    """Run a program's `main(argv)` and exit. A UserError becomes one message on stderr and exit code 2."""
     argv = sys.argv[1:]
     try:
         sys.exit(main(argv) or 0)

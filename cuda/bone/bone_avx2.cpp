@@ -1,4 +1,4 @@
-// Bone's kernels for CPUs with AVX2.
+// Bone's kernels for CPUs with AVX2 and FMA.
 #include <stdint.h>
 #include <string.h>
 

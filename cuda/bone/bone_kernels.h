@@ -1,7 +1,7 @@
-// The kernels of bone_call.h. Included once for each instruction set, which defines
-//     KERNELS, NAME  the table and its name      LANES  floats of a vector      ROWS  rows of a register tile
-// It also includes the headers, before it sets an instruction set; everything here has internal linkage, so that code for
-// one set can never stand in for another's at link time.
+// The kernels of bone_call.h. The file of each instruction set includes this header once and defines
+//     KERNELS, NAME  the table and its name      LANES  floats in a vector      ROWS  rows in a register tile
+// It includes all other headers before it sets the instruction set. Everything here has internal linkage. Otherwise the
+// linker could use code compiled for one instruction set in place of another's.
 
 namespace rwkv_peft {
 namespace {
@@ -27,7 +27,7 @@ inline Vec load_bf16(const uint16_t* from) {
   return x;
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even. NaN stays NaN.
 inline void store_bf16(uint16_t* to, Vec x) {
   Bits bits;
   memcpy(&bits, &x, sizeof bits);
@@ -51,7 +51,7 @@ inline void store(const Blocks& blocks, int64_t at, Vec x) {
   store(static_cast<float*>(blocks.data) + at, x);
 }
 
-// packed[row][i] = blocks[group][row][i], for some rows.
+// packed[row - first][i] = blocks[group][row][i] for the rows [first, last).
 void pack(float* packed, const Blocks& blocks, int64_t group, int64_t first, int64_t last, int64_t r) {
   for (int64_t row = first; row < last; ++row) {
     const int64_t at = offset(blocks, group, row);
@@ -63,12 +63,13 @@ void add(float* out, const float* a, const float* b, int64_t count) {
   for (int64_t i = 0; i < count; i += LANES) store(out + i, load(a + i) + load(b + i));
 }
 
-// R rows by V vectors of a product, in registers.
+// A tile of a product in registers: R rows by V vectors.
 template <int R, int V>
 struct Tile {
   Vec sum[R][V];
 
-  // sum += left right: left[row * row_stride + k * step] for each of R rows, right[k * width] for k < depth.
+  // Computes sum += left right for R rows. The elements are left[row * row_stride + k * step] and
+  // right[k * width + column], for k < depth.
   void multiply(const float* left, int64_t row_stride, int64_t step, const float* right, int64_t width, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k) {
       Vec b[V];
@@ -83,8 +84,8 @@ struct Tile {
 
 // ------------------------------------------------------------------------------------------------------------ mix
 
-// x + tile and x of some rows of a group. From here and not from the blocks themselves: those lie a multiple of 4 kB from
-// `out` as often as not, and a load so far from a recent store waits for it.
+// Packed copies of x + tile and of x for some rows of a group. The kernel does not read the blocks directly: they are
+// often a multiple of 4 kB away from `out`, and a load at such a distance from a recent store has to wait for it.
 struct Packed {
   const float *in, *x;
 };
@@ -111,7 +112,7 @@ void mix_columns(const Mix& a, Packed packed, int64_t group, int64_t first, int6
   for (; row < last; ++row) mix_tile<1, V>(a, at(), group, row, column);
 }
 
-// Some rows go through all groups before the next rows are fetched: a group's rows lie pages apart.
+// Processes kMixRows rows in all groups before the next rows, because the rows of one group are pages apart.
 void mix(const Mix& a, int64_t first_group, int64_t last_group, int64_t first_row, int64_t last_row, float* buffer) {
   for (int64_t row = first_row; row < last_row; row += kMixRows) {
     const int64_t end = row + kMixRows < last_row ? row + kMixRows : last_row;
@@ -151,7 +152,7 @@ void outer_columns(float* out, int64_t r, const float* left, const float* right,
   for (; i < r; ++i) outer_tile<1, V>(out + i * r, r, left + i, right, rows);
 }
 
-// Whether rows can be read where they are, instead of being packed.
+// Whether the rows can be read in place, without packing.
 inline bool is_packed(const Blocks& blocks, int64_t r) { return !blocks.is_bf16 && blocks.row_stride == r; }
 
 void outer(const Outer& a, int64_t group, float* buffer) {

@@ -1,4 +1,5 @@
-// rwkv_peft::mix_blocks and rwkv_peft::outer_blocks on CPU; ops/blocks.py has the fake tensors and the plain form.
+// rwkv_peft::mix_blocks and rwkv_peft::outer_blocks on the CPU. ops/bone/block_products.py registers their fake tensors
+// and has the plain torch form.
 #include <algorithm>
 #include <new>
 
@@ -17,7 +18,7 @@ namespace {
 
 using at::Tensor;
 
-// Floats that begin with a cache line: a vector that straddles two takes twice the time to load.
+// Memory for floats, aligned to a cache line: loading a vector that crosses a line takes twice as long.
 class Buffer {
  public:
   explicit Buffer(int64_t count) : data_(static_cast<float*>(::operator new(count * sizeof(float), kLine))) {}
@@ -42,27 +43,27 @@ CpuLevels<BoneKernels>& levels() {
 
 Blocks blocks_of(const char* name, const Tensor& x, const Tensor& like) {
   TORCH_CHECK(x.dim() == 3 && x.sizes() == like.sizes() && x.stride(2) == 1, "bone: ", name,
-              " must be blocks (groups, rows, r), the last dimension contiguous; found ", x.sizes());
+              " must be (groups, rows, r) like the other blocks, with a contiguous last dimension; found ", x.sizes());
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "bone: ", name,
-              " must be fp32 or bf16, not ", x.scalar_type());
-  TORCH_CHECK(x.size(2) % 16 == 0, "bone: r must be a multiple of 16, found ", x.size(2));
+              " must be fp32 or bf16; found ", x.scalar_type());
+  TORCH_CHECK(x.size(2) % 16 == 0, "bone: r must be a multiple of 16; found ", x.size(2));
   return {x.data_ptr(), x.scalar_type() == at::kBFloat16, x.stride(0), x.stride(1)};
 }
 
 const float* tile_of(const std::optional<Tensor>& tile, const Tensor& x) {
   if (!tile.has_value()) return nullptr;
   TORCH_CHECK(tile->dim() == 2 && tile->size(0) == x.size(1) && tile->size(1) == x.size(2) && tile->is_contiguous(),
-              "bone: tile must be (rows, r), contiguous");
+              "bone: tile must be contiguous (", x.size(1), ", ", x.size(2), "); found ", tile->sizes());
   return tile->const_data_ptr<float>();
 }
 
-// (out, sum); sum has no rows unless asked for.
+// Returns (out, sum). Without want_sum, sum has no rows.
 std::tuple<Tensor, Tensor> mix_blocks(const Tensor& x, const Tensor& matrices, const std::optional<Tensor>& tile,
                                       bool want_sum, at::ScalarType dtype) {
   const int64_t groups = x.size(0), rows = x.size(1), r = x.size(2);
   TORCH_CHECK(matrices.dim() == 3 && matrices.size(0) == groups && matrices.size(1) == r && matrices.size(2) == r &&
                   matrices.is_contiguous(),
-              "bone: matrices must be (", groups, ", ", r, ", ", r, "), contiguous; found ", matrices.sizes());
+              "bone: matrices must be contiguous (", groups, ", ", r, ", ", r, "); found ", matrices.sizes());
   Tensor out = at::empty_like(x, x.options().dtype(dtype));
   Tensor sum = at::zeros({want_sum ? rows : 0, r}, x.options().dtype(at::kFloat));
   const Mix a{rows,
@@ -73,7 +74,7 @@ std::tuple<Tensor, Tensor> mix_blocks(const Tensor& x, const Tensor& matrices, c
               tile_of(tile, x),
               want_sum ? sum.mutable_data_ptr<float>() : nullptr};
   const BoneKernels& kernel = levels().chosen();
-  // With a sum a thread takes some rows through all groups, else a group's rows are split no further than needed.
+  // To add up the updates, a thread must process its rows in all groups. Without a sum, groups are independent.
   const int64_t pieces = want_sum ? 1 : groups;
   const int64_t row_chunk = (rows + kPackedRows - 1) / kPackedRows;
   at::parallel_for(0, pieces * row_chunk, 1, [&](int64_t begin, int64_t end) {
@@ -109,7 +110,7 @@ TORCH_LIBRARY_FRAGMENT(rwkv_peft, m) {
       "mix_blocks(Tensor x, Tensor matrices, Tensor? tile, bool want_sum, ScalarType dtype)"
       " -> (Tensor out, Tensor sum)");
   m.def("outer_blocks(Tensor left, Tensor right, Tensor? tile) -> Tensor");
-  // For tests.
+  // For tests: the supported instruction sets, best first, and the selection of one.
   m.def("bone_cpu_levels() -> str[]", [] { return levels().names(); });
   m.def("bone_use_cpu_level(str level) -> str", [](const std::string& name) { return levels().use(name); });
 }

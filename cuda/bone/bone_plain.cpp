@@ -1,4 +1,4 @@
-// Bone's kernels for any processor: vectors of four, which compilers map to SSE2 or NEON.
+// Bone's kernels for any processor: vectors of four floats, which compilers map to SSE2 or NEON.
 #include <stdint.h>
 #include <string.h>
 

@@ -1,7 +1,7 @@
-// rwkv_peft::ddlerp: the five data-dependent mixes of time-mix, a chunk of rows at a time.
+// rwkv_peft::ddlerp: the five data-dependent mixes of time-mix, computed for one chunk of rows at a time.
 //
 // With d = previous - x:  low_rank = tanh((x + d maa_x) w1),  out_m = x + d (maa_m + low_rank_m w2_m).
-// low_rank is kept for the backward; the (5, rows, C) amounts are products of a chunk that the backward makes again.
+// low_rank is saved for backward. The (5, rows, C) amounts exist for one chunk only; the backward computes them again.
 #pragma once
 
 #include <array>
@@ -15,7 +15,7 @@
 
 namespace rwkv_peft {
 
-// The inputs, contiguous, parameters wide.
+// The inputs, made contiguous, with parameters in fp32.
 struct Ddlerp {
   Tensor x, last, mixed_base, w1, base, w2;
   Starts starts;
@@ -25,7 +25,7 @@ struct Ddlerp {
   Ddlerp(const Tensor& x_, const Tensor& last_, const Tensor& maa_x, const Tensor& w1_, const Tensor& maa,
          const Tensor& w2_, const std::optional<Tensor>& starts_)
       : x(three_dims(x_).contiguous()), starts(starts_, x), loops(mix_loops(is_bf16(x_))) {
-    TORCH_CHECK(w2_.dim() == 3, "ddlerp: w2 must be (5, rank, C)");
+    TORCH_CHECK(w2_.dim() == 3, "ddlerp: w2 must be (5, rank, C); found ", w2_.sizes());
     batch = x.size(0), tokens = x.size(1), width = x.size(2), rank = w2_.size(1);
     last = like("last", last_, {batch, width}, x);
     mixed_base = fp32("maa_x", maa_x, {width});
@@ -35,7 +35,7 @@ struct Ddlerp {
   }
 
   static const Tensor& three_dims(const Tensor& x) {
-    TORCH_CHECK(x.dim() == 3, "ddlerp: x must be (B, T, C)");
+    TORCH_CHECK(x.dim() == 3, "ddlerp: x must be (B, T, C); found ", x.sizes());
     return x;
   }
 
@@ -44,10 +44,10 @@ struct Ddlerp {
   Rows chunk(int64_t first) const { return starts.in({width, tokens, first, std::min(kChunkRows, rows() - first)}); }
   Tensor buffer(int64_t count) const { return at::empty({count * width}, base.options()); }
 
-  // This mix's columns of low_rank or of its gradient: (rows, 5 rank) -> (rows, rank).
+  // Returns mix m's columns of low_rank or of its gradient: (rows, 5 rank) -> (rows, rank).
   Tensor of_mix(const Tensor& low_rank, int64_t m) const { return low_rank.narrow(1, m * rank, rank); }
 
-  // The input of the low-rank product, (count, C).
+  // Returns the input of the first low-rank product, (count, C).
   Tensor mixed(const Tensor& scratch, const Rows& n) const {
     Tensor out = part(scratch, n.count, width);
     Lerp a{n, x.const_data_ptr(), last.const_data_ptr(), mixed_base.const_data_ptr<float>(), nullptr, 1, {}};
@@ -56,7 +56,7 @@ struct Ddlerp {
     return out;
   }
 
-  // low_rank_m w2_m of these rows' low_rank, (5 * count, C).
+  // Returns low_rank_m w2_m for all mixes, (5 * count, C), from these rows of low_rank.
   Tensor amounts(const Tensor& scratch, const Tensor& low_rank) const {
     const int64_t count = low_rank.size(0);
     Tensor out = part(scratch, kMixes * count, width);
@@ -70,7 +70,7 @@ struct Ddlerp {
 
 using Mixes = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The inputs of decay, key, value, receptance and gate, and low_rank.
+// Returns the inputs of decay, key, value, receptance and gate, and low_rank.
 inline Mixes ddlerp(const Tensor& x, const Tensor& last, const Tensor& maa_x, const Tensor& w1, const Tensor& maa,
                     const Tensor& w2, const std::optional<Tensor>& starts) {
   const Ddlerp n(x, last, maa_x, w1, maa, w2, starts);
@@ -91,8 +91,8 @@ inline Mixes ddlerp(const Tensor& x, const Tensor& last, const Tensor& maa_x, co
   return {out[0], out[1], out[2], out[3], out[4], low_rank};
 }
 
-// A backward under way: the gradients, and the scratch of a chunk. Sums over tokens are sums of the chunks' sums, which
-// fp32 holds better than long ones.
+// State of one backward pass: the gradients, and scratch memory for a chunk. Sums over tokens are computed per chunk
+// and then added, which is more precise in fp32 than one long sum.
 class DdlerpBackward {
  public:
   DdlerpBackward(const Ddlerp& n, const Tensor& low_rank, const std::array<Tensor, kMixes>& grad_out, bool train)
@@ -105,7 +105,7 @@ class DdlerpBackward {
     for (Tensor& one : grad_out_) one = like("a gradient", one, n.x.sizes(), n.x);
   }
 
-  // Gradients of (x, last, maa_x, w1, maa, w2), those of the parameters in fp32, or empty where they do not train.
+  // Returns the gradients of (x, last, maa_x, w1, maa, w2). Those of parameters are in fp32, or empty without `train`.
   Mixes run() {
     for (int64_t first = (n_.rows() - 1) / kChunkRows * kChunkRows; first >= 0; first -= kChunkRows) {
       const Rows rows = n_.chunk(first);
@@ -118,7 +118,7 @@ class DdlerpBackward {
   }
 
  private:
-  // Fills self_ and previous_, and returns the gradient of amounts, (5 * count, C).
+  // Fills self_ and previous_ and returns the gradient of the amounts, (5 * count, C).
   Tensor through_mixes(const Rows& rows, const Tensor& low_rank) {
     Tensor amounts = n_.amounts(amounts_, low_rank);
     LerpBackward a{};
@@ -134,9 +134,9 @@ class DdlerpBackward {
     return amounts;
   }
 
-  // The gradient of the first product's input, (count, C).
+  // Returns the gradient of the first product's input, (count, C).
   Tensor through_products(const Rows& rows, const Tensor& low_rank, const Tensor& grad_amounts) {
-    Tensor grad = at::empty_like(low_rank);  // of low_rank, then of what tanh was taken of
+    Tensor grad = at::empty_like(low_rank);  // of low_rank, then of tanh's input
     for (int64_t m = 0; m < kMixes; ++m) {
       const Tensor grad_of_mix = grad_amounts.narrow(0, m * rows.count, rows.count);
       Tensor one = n_.of_mix(grad, m);

@@ -1,4 +1,4 @@
-// The loops for AVX2 and FMA.
+// The loops of mix_loops.h for CPUs with AVX2 and FMA.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The loops for AVX-512 (F, BW, DQ, VL).
+// The loops of mix_loops.h for CPUs with AVX-512 (F, BW, DQ, VL).
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

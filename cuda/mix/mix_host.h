@@ -1,4 +1,4 @@
-// What the host code of cuda/mix shares: checks that memory safety needs, threads, scratch.
+// Shared by the host code of cuda/mix: argument checks for memory safety, threads, and scratch memory.
 #pragma once
 
 #include <algorithm>
@@ -16,9 +16,9 @@ namespace rwkv_peft {
 
 using at::Tensor;
 
-// Tokens worked on at a time: what is made again for the backward exists for these alone.
+// Number of tokens processed at a time. Values that the backward recomputes exist only for these tokens.
 constexpr int64_t kChunkRows = 256;
-// Columns that one thread takes at least, and elements that are worth waking it.
+// Smallest number of columns for one thread, and number of elements for which another thread is worth starting.
 constexpr int64_t kColumns = 64, kWorthAThread = 16384;
 
 inline CpuLevels<MixKernels>& mix_levels() {
@@ -38,40 +38,41 @@ inline const MixLoops& mix_loops(bool bf16) {
 
 inline bool is_bf16(const Tensor& x) {
   const at::ScalarType type = x.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "activations must be fp32 or bf16, not ", type);
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16, "mix: activations must be fp32 or bf16; found ", type);
   return type == at::kBFloat16;
 }
 
 inline Tensor like(const char* name, const Tensor& t, at::IntArrayRef sizes, const Tensor& x) {
-  TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == x.scalar_type(), name, " must be of shape ", sizes,
-              " in x's type");
+  TORCH_CHECK(t.sizes() == sizes && t.scalar_type() == x.scalar_type(), "mix: ", name, " must have shape ",
+              sizes, " and type ", x.scalar_type(), "; found ", t.sizes(), " and ", t.scalar_type());
   return t.contiguous();
 }
 
 inline Tensor fp32(const char* name, const Tensor& t, at::IntArrayRef sizes) {
-  TORCH_CHECK(t.sizes() == sizes, name, " must be of shape ", sizes, ", found ", t.sizes());
+  TORCH_CHECK(t.sizes() == sizes, "mix: ", name, " must have shape ", sizes, "; found ", t.sizes());
   return t.to(at::kFloat).contiguous();
 }
 
-// Where texts begin inside the sequences of x (B, T, C), and what comes before each.
+// The first tokens of texts inside the sequences of x (B, T, C), and the zeros that precede them.
 struct Starts {
-  Tensor rows, zeros;  // (B, T) bool, (C); undefined where no text begins inside
+  Tensor rows, zeros;  // (B, T) bool, (C); undefined if no text starts inside a sequence
 
   Starts(const std::optional<Tensor>& starts, const Tensor& x) {
     if (!starts) return;
     TORCH_CHECK(starts->sizes() == x.sizes().slice(0, 2) && starts->scalar_type() == at::kBool,
-                "starts must be a bool of shape ", x.sizes().slice(0, 2));
+                "mix: starts must be bool of shape ", x.sizes().slice(0, 2), "; found ", starts->scalar_type(), " ",
+                starts->sizes());
     rows = starts->contiguous(), zeros = at::zeros({x.size(2)}, x.options());
   }
 
-  // The rows `n` with this in them.
+  // Returns `n` with the pointers to these starts.
   Rows in(Rows n) const {
     if (rows.defined()) n.starts = rows.const_data_ptr<bool>(), n.zeros = zeros.const_data_ptr();
     return n;
   }
 };
 
-// Calls body(begin, end) on slices of `width` columns, each a multiple of `unit` but the last.
+// Calls body(begin, end) on slices of `width` columns in parallel. Each slice except the last is a multiple of `unit`.
 template <typename Body>
 void over_columns(int64_t width, int64_t unit, int64_t rows, const Body& body) {
   const int64_t grain = std::max<int64_t>(1, kWorthAThread / std::max<int64_t>(1, rows * unit));
@@ -80,12 +81,12 @@ void over_columns(int64_t width, int64_t unit, int64_t rows, const Body& body) {
   });
 }
 
-// The first elements of `buffer` as a contiguous (rows, columns).
+// Returns the first elements of `buffer` as a contiguous (rows, columns).
 inline Tensor part(const Tensor& buffer, int64_t rows, int64_t columns) {
   return buffer.narrow(0, 0, rows * columns).view({rows, columns});
 }
 
-// A tensor that gradients are added to, or an empty one where none is wanted.
+// Returns a tensor of zeros to which gradients are added, or an empty tensor if no gradient is wanted.
 inline Tensor sum_like(const Tensor& t, bool wanted) {
   return wanted ? at::zeros(t.sizes(), t.options()) : at::empty({0}, t.options());
 }

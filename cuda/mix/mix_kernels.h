@@ -1,8 +1,8 @@
-// What a block does beside its products and WKV6, as loops over rows; no torch header, no threads.
+// The element-wise steps of a block as loops over rows, without torch headers and threads.
 //
-// Tensors are contiguous, (rows, width) with a row for each token of each sequence. What is void* is fp32 or bf16,
-// everything else is fp32, and so are all sums. Each call works on the columns [begin, end) alone and shares nothing
-// with another, so any split over threads gives bitwise the same result.
+// Tensors are contiguous (rows, width), with one row per token of each sequence. A void* points to fp32 or bf16.
+// Everything else is fp32, and so are all sums. Each call computes the columns [begin, end) independently of other
+// calls, so any split over threads gives bitwise the same result.
 #pragma once
 
 #include <cstdint>
@@ -11,50 +11,50 @@ namespace rwkv_peft {
 
 constexpr int kMixes = 5;  // the inputs of decay, key, value, receptance and gate
 
-// `count` rows from `first`, of sequences of `tokens` rows each.
+// `count` rows from row `first`; each sequence has `tokens` rows.
 struct Rows {
   int64_t width, tokens, first, count;
-  const bool* starts = nullptr;  // of all rows: whether a text begins there, with zeros before it; or null for nowhere
-  const void* zeros = nullptr;   // (width), read where starts is set
+  const bool* starts = nullptr;  // for all rows: whether a text starts there, with zeros as predecessor; may be null
+  const void* zeros = nullptr;   // (width), that predecessor
 };
 
-// out_m = x + (previous - x) * (base_m + amounts_m): x moved towards the token before it.
+// out_m = x + (previous - x) * (base_m + amounts_m): interpolates between x and the token before it.
 struct Lerp {
   Rows rows;
-  const void* x;         // all rows, as everything void* here
-  const void* last;      // (sequences, width): what comes before each first token
+  const void* x;         // all rows, like every void* here
+  const void* last;      // (sequences, width): the predecessor of each sequence's first token
   const float* base;     // (mixes, width)
   const float* amounts;  // (mixes, count, width), or null for none
   int64_t mixes;
   void* out[kMixes];
 };
 
-// First half of Lerp's gradient: all but the step from a token to its predecessor.
+// First half of Lerp's gradient: everything except adding each token's part for its predecessor.
 struct LerpBackward {
   Rows rows;
-  const void *x, *last;  // read where amounts or grad_base is not null
+  const void *x, *last;  // read if amounts or grad_base is not null
   const float* base;
-  float* amounts;  // as Lerp's; becomes its own gradient
+  float* amounts;  // as in Lerp; overwritten with its gradient
   int64_t mixes;
   const void* grad_out[kMixes];
-  float* grad_self;      // (count, width): what x gets from its own row
-  float* grad_previous;  // (count, width): what the token before it gets
-  float* grad_base;      // (mixes, width), added to; or null
+  float* grad_self;      // (count, width): the gradient for the row's own x
+  float* grad_previous;  // (count, width): the gradient for the token before it
+  float* grad_base;      // (mixes, width), accumulated; may be null
 };
 
-// Second half: grad_x of these rows. Rows are worked off from the last to the first.
+// Second half: grad_x of these rows. Rows are processed from the last to the first.
 struct ShiftBackward {
   Rows rows;
   const float *grad_self, *grad_previous;
-  const float* grad_mixed;  // (count, width) gradient of one more mix, with `mixed_base` and no amounts; or null
+  const float* grad_mixed;  // (count, width), gradient of another mix with `mixed_base` and no amounts; may be null
   const float* mixed_base;  // (width)
-  const void *x, *last;     // read where grad_mixed_base is not null
-  float* grad_mixed_base;   // (width), added to; or null
-  float* carry;  // (width): grad_previous of the row after these, then of the first of these
+  const void *x, *last;     // read if grad_mixed_base is not null
+  float* grad_mixed_base;   // (width), accumulated; may be null
+  float* carry;  // (width): in: grad_previous of the row after these rows; out: grad_previous of their first row
   void *grad_x, *grad_last;
 };
 
-// out = (normalised y * weight + bias) * silu(gate); y is normalised over each `group` columns. All rows.
+// out = (normalized y * weight + bias) * silu(gate), where y is normalized over each `group` of columns. All rows.
 struct GatedNorm {
   Rows rows;
   int64_t group;
@@ -68,16 +68,16 @@ struct GatedNormBackward {
   GatedNorm forward;  // without out
   const void* grad_out;
   void *grad_y, *grad_gate;
-  float *grad_weight, *grad_bias;  // (width), added to; or null both
+  float *grad_weight, *grad_bias;  // (width), accumulated; may both be null
 };
 
 // The loops for one element type.
 struct MixLoops {
   void (*lerp)(const Lerp&, int64_t begin, int64_t end);
-  void (*lerp_to_fp32)(const Lerp&, int64_t begin, int64_t end);  // out is float* and holds these rows alone
+  void (*lerp_to_fp32)(const Lerp&, int64_t begin, int64_t end);  // out is float* and has only these rows
   void (*lerp_backward)(const LerpBackward&, int64_t begin, int64_t end);
   void (*shift_backward)(const ShiftBackward&, int64_t begin, int64_t end);
-  void (*gated_norm)(const GatedNorm&, int64_t begin, int64_t end);  // whole groups
+  void (*gated_norm)(const GatedNorm&, int64_t begin, int64_t end);  // complete groups
   void (*gated_norm_backward)(const GatedNormBackward&, int64_t begin, int64_t end);
   void (*relu_square)(const void* k, void* out, int64_t count);
   void (*relu_square_backward)(const void* grad, const void* out, void* grad_k, int64_t count);

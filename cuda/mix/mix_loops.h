@@ -1,6 +1,6 @@
-// The loops of mix_kernels.h, which the compiler turns into vectors. A file that includes this sets instruction sets,
-// includes the headers before that, and makes a table with MIX_KERNELS; all else has internal linkage, so that
-// code for one instruction set can never stand in for another's at link time.
+// The loops of mix_kernels.h, which the compiler vectorizes. The file of each instruction set includes all other
+// headers, sets the instruction set, includes this file, and defines a table with MIX_KERNELS. Everything here has
+// internal linkage. Otherwise the linker could use code compiled for one instruction set in place of another's.
 
 namespace {
 
@@ -27,7 +27,7 @@ scalar_t narrow(float x);
 template <>
 inline float narrow<float>(float x) { return x; }
 
-// To nearest, ties to even. A NaN stays one.
+// Rounds to nearest, ties to even. NaN stays NaN.
 template <>
 inline BFloat16 narrow<BFloat16>(float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
@@ -35,9 +35,9 @@ inline BFloat16 narrow<BFloat16>(float x) {
   return {static_cast<uint16_t>(x != x ? 0x7fc0 : rounded)};
 }
 
-// e^x to about 1 ulp for |x| <= 60, written so that it vectorises: x = n ln2 + r, e^x = 2^n e^r.
+// Returns e^x to about 1 ulp for |x| <= 60, in a form that compilers vectorize: x = n ln2 + r, e^x = 2^n e^r.
 inline float exponential(float x) {
-  constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, which is then in the low bits
+  constexpr float kShift = 0x1.8p23f;  // adding it rounds to an integer, which is then in the low bits of the sum
   const float shifted = x * 0x1.715476p0f + kShift;
   const float n = shifted - kShift;
   const float r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
@@ -52,8 +52,8 @@ inline float exponential(float x) {
   return p * bit_cast<float>((bit_cast<uint32_t>(shifted) << 23) + 0x3f800000);
 }
 
-// Beyond 60 it is 1 in fp32, beyond -60 it stays at e^-60: products with it are then not subnormal, which would take a
-// hundred times as long.
+// Above 60 the result is 1 in fp32. Below -60 it stays at e^-60: products with smaller values could be subnormal, and
+// arithmetic with subnormals is about a hundred times slower.
 inline float sigmoid(float x) {
   x = x < -60.0f ? -60.0f : x;
   x = x > 60.0f ? 60.0f : x;
@@ -168,7 +168,7 @@ void shift_backward(const ShiftBackward& a, int64_t begin, int64_t end) {
 #pragma omp simd
       for (int64_t j = begin; j < end; ++j) a.grad_mixed_base[j] += mixed[j] * (widen(before[j]) - widen(x[j]));
     }
-    if (n.starts && n.starts[row]) std::fill(a.carry + begin, a.carry + end, 0.0f);  // to no token before a start
+    if (n.starts && n.starts[row]) std::fill(a.carry + begin, a.carry + end, 0.0f);  // no gradient crosses a start
     if (token != 0) continue;
     scalar_t* grad_last = row_of<scalar_t>(a.grad_last, row / n.tokens, n);
 #pragma omp simd
@@ -218,7 +218,7 @@ void gated_norm(const GatedNorm& a, int64_t begin, int64_t end) {
   }
 }
 
-// The columns of one group in one row. y holds the group's values, grad is scratch of the same size.
+// Computes one group's columns in one row. y and grad are scratch memory for `group` floats each.
 template <typename scalar_t>
 void gated_norm_backward_group(const GatedNormBackward& a, int64_t row, int64_t first, float* y, float* grad) {
   const GatedNorm& f = a.forward;
@@ -230,7 +230,7 @@ void gated_norm_backward_group(const GatedNormBackward& a, int64_t row, int64_t 
   scalar_t* grad_y = row_of<scalar_t>(a.grad_y, row, f.rows) + first;
   const float *weight = f.weight + first, *bias = f.bias + first;
 #pragma omp simd
-  for (int64_t j = 0; j < f.group; ++j) {  // y becomes normalised y, grad that of normalised y * weight + bias
+  for (int64_t j = 0; j < f.group; ++j) {  // y becomes normalized y, and grad the gradient of y * weight + bias
     const float g = widen(gate[j]), s = sigmoid(g), upper = widen(grad_out[j]);
     y[j] = (y[j] - m.mean) * m.scale;
     grad_gate[j] = narrow<scalar_t>(upper * (y[j] * weight[j] + bias[j]) * s * (1.0f + g * (1.0f - s)));
@@ -276,7 +276,7 @@ void relu_square(const void* k_, void* out_, int64_t count) {
   }
 }
 
-// The derivative 2 relu(k) is 2 sqrt(out), so k itself need not be kept.
+// The derivative 2 relu(k) equals 2 sqrt(out), so k does not have to be saved.
 template <typename scalar_t>
 void relu_square_backward(const void* grad_, const void* out_, void* grad_k_, int64_t count) {
   const scalar_t *grad = static_cast<const scalar_t*>(grad_), *out = static_cast<const scalar_t*>(out_);

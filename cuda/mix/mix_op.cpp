@@ -1,5 +1,5 @@
-// rwkv_peft::ddlerp, shift_lerp, gated_norm and relu_square with their backwards on CPU: tensors around the loops of
-// mix_kernels.h. Fake tensors and autograd are registered in ops/mix_native.py.
+// rwkv_peft::ddlerp, shift_lerp, gated_norm and relu_square with their backwards on the CPU. This file checks tensors
+// and calls the loops of mix_kernels.h. ops/mix/native.py registers fake tensors and autograd.
 #include <optional>
 #include <tuple>
 
@@ -11,12 +11,12 @@
 namespace rwkv_peft {
 namespace {
 
-constexpr int64_t kShiftMixes = 2;  // channel-mix's: the inputs of key and receptance
+constexpr int64_t kShiftMixes = 2;  // of channel-mix: the inputs of key and receptance
 
-// Two mixes of x and its predecessor by amounts that do not depend on the data, maa (2, C).
+// Interpolates between x and its predecessor with two constant amounts per channel, maa (2, C).
 std::tuple<Tensor, Tensor> shift_lerp(const Tensor& x_, const Tensor& last_, const Tensor& maa,
                                       const std::optional<Tensor>& starts_) {
-  TORCH_CHECK(x_.dim() == 3, "shift_lerp: x must be (B, T, C)");
+  TORCH_CHECK(x_.dim() == 3, "shift_lerp: x must be (B, T, C); found ", x_.sizes());
   const Tensor x = x_.contiguous(), last = like("last", last_, {x.size(0), x.size(2)}, x);
   const int64_t tokens = x.size(1), width = x.size(2), rows = x.size(0) * tokens;
   const Tensor base = fp32("maa", maa, {kShiftMixes, width});
@@ -29,12 +29,13 @@ std::tuple<Tensor, Tensor> shift_lerp(const Tensor& x_, const Tensor& last_, con
   return {k, r};
 }
 
-// Gradients of (x, last, maa). x and last are needed for maa's alone, which is empty without them.
+// Returns the gradients of (x, last, maa). x and last are needed only for maa's, which is empty without them.
 std::tuple<Tensor, Tensor, Tensor> shift_lerp_backward(const std::optional<Tensor>& x_,
                                                        const std::optional<Tensor>& last_, const Tensor& maa,
                                                        const Tensor& grad_k_, const Tensor& grad_r_,
                                                        const std::optional<Tensor>& starts_) {
-  TORCH_CHECK(grad_k_.dim() == 3 && x_.has_value() == last_.has_value(), "shift_lerp: wrong arguments");
+  TORCH_CHECK(grad_k_.dim() == 3 && x_.has_value() == last_.has_value(),
+              "shift_lerp: the gradients must be (B, T, C), and x and last must both be given or both be omitted");
   const Tensor grad_k = grad_k_.contiguous(), grad_r = like("a gradient", grad_r_, grad_k.sizes(), grad_k);
   const int64_t batch = grad_k.size(0), tokens = grad_k.size(1), width = grad_k.size(2);
   const Tensor x = x_ ? like("x", *x_, grad_k.sizes(), grad_k) : Tensor();
@@ -77,7 +78,7 @@ struct NormInputs {
       : y(y_.contiguous()), gate(like("gate", gate_, y_.sizes(), y_)) {
     const int64_t width = y.size(-1);
     TORCH_CHECK(y.dim() == 3 && groups > 0 && width % groups == 0,
-                "gated_norm: y must be (B, T, C), C in whole groups");
+                "gated_norm: y must be (B, T, C) with C divisible by ", groups, " groups; found ", y.sizes());
     weight = fp32("weight", weight_, {width}), bias = fp32("bias", bias_, {width});
     call = {{width, y.size(1), 0, y.size(0) * y.size(1)}, width / groups, static_cast<float>(eps), y.const_data_ptr(),
             gate.const_data_ptr(), weight.const_data_ptr<float>(), bias.const_data_ptr<float>(), nullptr};
@@ -95,7 +96,7 @@ Tensor gated_norm(const Tensor& y, const Tensor& gate, const Tensor& weight, con
   return out;
 }
 
-// Gradients of (y, gate, weight, bias); the last two in fp32, or empty where they do not train.
+// Returns the gradients of (y, gate, weight, bias). The last two are in fp32, or empty without `train`.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& y, const Tensor& gate,
                                                                const Tensor& weight, const Tensor& bias, int64_t groups,
                                                                double eps, const Tensor& grad_, bool train) {
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& y, 
   return {grad_y, grad_gate, grad_weight, grad_bias};
 }
 
-// Calls body(first, count) on pieces of `size` elements.
+// Calls body(first, count) in parallel on parts of `size` elements.
 template <typename Body>
 void over_elements(int64_t size, const Body& body) {
   at::parallel_for(0, size, kWorthAThread, [&](int64_t first, int64_t last) { body(first, last - first); });
@@ -131,7 +132,7 @@ Tensor relu_square(const Tensor& k_) {
   return out;
 }
 
-// From the output alone.
+// Computes the gradient from the output only.
 Tensor relu_square_backward(const Tensor& grad_, const Tensor& out_) {
   const Tensor out = out_.contiguous(), grad = like("the gradient", grad_, out.sizes(), out);
   Tensor grad_k = at::empty_like(out);
@@ -167,7 +168,7 @@ TORCH_LIBRARY_FRAGMENT(rwkv_peft, m) {
       " bool train) -> (Tensor grad_y, Tensor grad_gate, Tensor grad_weight, Tensor grad_bias)");
   m.def("relu_square(Tensor k) -> Tensor");
   m.def("relu_square_backward(Tensor grad, Tensor out) -> Tensor");
-  // For tests: which instruction sets can be run here, best first, and a way to take others than the first.
+  // For tests: the supported instruction sets, best first, and the selection of one.
   m.def("mix_cpu_levels() -> str[]", [] { return mix_levels().names(); });
   m.def("mix_use_cpu_level(str level) -> str", [](const std::string& name) { return mix_levels().use(name); });
 }

@@ -1,4 +1,4 @@
-// The loops for any processor.
+// The loops of mix_loops.h for any processor.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

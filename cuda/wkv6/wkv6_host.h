@@ -1,7 +1,7 @@
-// rwkv_peft::wkv6 and its backward in terms of tensors, for any device that provides wkv6_call.h's Device.
+// rwkv_peft::wkv6 and its backward on tensors, for any device that provides a Device (wkv6_call.h).
 //
-// A header, because the CPU and the CUDA library are built apart: a machine without nvcc still gets the CPU's.
-// Python (ops/wkv6.py) has checked shapes and types; what is asserted here is what memory safety needs.
+// This is a header because the CPU and the CUDA library are built separately: a machine without nvcc still gets the CPU
+// library. ops/wkv6/op.py has already checked shapes and types. The checks here are those needed for memory safety.
 #pragma once
 
 #include <tuple>
@@ -22,13 +22,13 @@ inline Element element_of(const Tensor& x) {
     case at::kFloat: return Element::kFloat32;
     case at::kBFloat16: return Element::kBFloat16;
     case at::kHalf: return Element::kFloat16;
-    default: TORCH_CHECK(false, "wkv6: r, k, v must be fp32, bf16 or fp16, not ", x.scalar_type());
+    default: TORCH_CHECK(false, "wkv6: r, k, v must be fp32, bf16 or fp16; found ", x.scalar_type());
   }
 }
 
 inline Launch make_launch(const Tensor& r, int64_t chunk, void* stream) {
-  TORCH_CHECK(r.dim() == 4, "wkv6: r must be (B, T, H, N)");
-  TORCH_CHECK(chunk >= 0, "wkv6: chunk must not be negative");
+  TORCH_CHECK(r.dim() == 4, "wkv6: r must be (B, T, H, N); found ", r.sizes());
+  TORCH_CHECK(chunk >= 0, "wkv6: chunk must not be negative; found ", chunk);
   return {r.size(0), r.size(1), r.size(2), r.size(3), chunk, element_of(r), stream};
 }
 
@@ -44,7 +44,7 @@ inline Tensor contiguous_fp32(const char* name, const Tensor& x, at::IntArrayRef
   return x.contiguous();
 }
 
-// (y, state_out, chunk_states); see ops/wkv6_native.py for the shapes.
+// Returns (y, state_out, chunk_states); see _fake_forward in ops/wkv6/native.py for the shapes.
 inline std::tuple<Tensor, Tensor, Tensor> wkv6_forward(const Device& device, const Tensor& r, const Tensor& k,
                                                        const Tensor& v, const Tensor& w, const Tensor& u,
                                                        const Tensor& state, int64_t chunk, void* stream) {
@@ -67,12 +67,12 @@ inline std::tuple<Tensor, Tensor, Tensor> wkv6_forward(const Device& device, con
   return {y, state_out, chunk_states};
 }
 
-// Gradients of (r, k, v, w, u, state); those of w, u and state in fp32.
+// Returns the gradients of (r, k, v, w, u, state). Those of w, u and state are in fp32.
 inline Gradients wkv6_backward(const Device& device, const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w,
                                const Tensor& u, const Tensor& chunk_states, const Tensor& grad_y,
                                const Tensor& grad_state_out, int64_t chunk, void* stream) {
   const Launch n = make_launch(r, chunk, stream);
-  TORCH_CHECK(chunk > 0, "wkv6: the backward needs the states that a forward with chunk > 0 keeps");
+  TORCH_CHECK(chunk > 0, "wkv6: the backward needs the states saved by a forward with chunk > 0; found chunk ", chunk);
   const int64_t B = n.batch, H = n.heads, N = n.head_size;
   const Tensor r_ = r.contiguous(), k_ = contiguous_like("k", k, r), v_ = contiguous_like("v", v, r);
   const Tensor w_ = contiguous_fp32("w", w, r.sizes(), r);

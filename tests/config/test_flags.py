@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
-from rwkv_peft.config import flags as cli
-from rwkv_peft.config.sections import SECTIONS, RunConfig
+from rwkv_peft.commands import train as train_command
+from rwkv_peft.config.flags import documented_flags
+from rwkv_peft.config.method import FullConfig
+from rwkv_peft.config.sections import SECTIONS, DataConfig, OptimConfig, PeftConfig, RunConfig, TrainConfig
+from rwkv_peft.config.spellings import OPTION_FLAGS
 from rwkv_peft.config.yaml_file import write_yaml
-from rwkv_peft.errors import UserError
+from rwkv_peft.errors import ConfigError, UserError, exit_with_message
+from rwkv_peft.peft.methods.bone import BoneConfig
+from rwkv_peft.peft.registry import method_config
+from rwkv_peft.run_config import config_from_argv, config_from_settings, settings_from_argv, uses_starter
+from rwkv_peft.training.model_setup import open_base, resolve_shape
+from rwkv_peft.training.run import train
 from tests.helpers import TINY, write_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,23 +37,23 @@ RWKV_PEFT_SCRIPT = """
 """RWKV-PEFT's own scripts/run_bone.sh, but for the shape."""
 
 
-BONE_32 = {
-    "r": 32, "rank_pattern": {}, "load": "", "mode": "row", "g": 0, "rounding": "nearest", "impl": "fused", "cp": 0,
-}  # fmt: skip
+BONE_32 = BoneConfig(r=32, mode="row")
 
 
 def resolve(*argv: object) -> RunConfig:
-    return cli.resolve(cli.parse_args([str(word) for word in argv]))
+    """The configuration of a command line, with the shape of its base model or of its shape flags."""
+    config = config_from_argv([str(word) for word in argv])
+    return resolve_shape(config, open_base(config))
 
 
 def test_a_script_of_rwkv_peft_carries_over(tmp_path, capsys):
     base = write_base(tmp_path / "base.pth")
     config = resolve(*RWKV_PEFT_SCRIPT.format(base=base).split())
     assert config.model == TINY
-    assert config.peft.peft_config == BONE_32
+    assert config.peft.method == BONE_32
     assert (config.data.ctx_len, config.data.dataload, config.data.epoch_steps) == (512, "pad", 100)
     assert (config.train.strategy, config.train.precision, config.train.grad_cp) == ("deepspeed_stage_1", "bf16", 1)
-    assert capsys.readouterr().err == "note: no effect here, ignored: --head_qk --pre_ffn\n"
+    assert capsys.readouterr().err == "note: ignored, these flags have no effect here: --head_qk --pre_ffn\n"
 
 
 @pytest.mark.parametrize(
@@ -57,10 +66,10 @@ def test_a_script_of_rwkv_peft_carries_over(tmp_path, capsys):
     ],
 )
 def test_spellings_of_bone_config(words):
-    settings = cli.parse_args(
+    settings = settings_from_argv(
         ["--peft", "bone", "--n_layer", "1", "--n_embd", "64", "--dry_run", "--bone_config", *words]
     )
-    assert cli.resolve(settings).peft.peft_config == BONE_32
+    assert config_from_settings(settings).peft.method == BONE_32
 
 
 @pytest.mark.parametrize(
@@ -70,50 +79,58 @@ def test_spellings_of_bone_config(words):
         ("--lr_ini=5", r"--lr_ini: unknown flag. Did you mean --lr_init\?"),
         ("--peft bone --bone_config {r:64}", "--bone_config: not a JSON object; found {r:64}, expected '{\"r\":64}'"),
         ("--peft bone --bone_config [64]", "--bone_config: not a JSON object"),
-        ("--ctx_len five", "--ctx_len: invalid int value: 'five'"),
+        ("--ctx_len five", "--ctx_len: expected an integer; found 'five'"),
         ("--strategy deepspeed_stage_9", "--strategy: invalid choice"),
-        ("--my_testing x070", "--my_testing: bad value; found x070, expected x060"),
+        ("--my_testing x070", "--my_testing: invalid value; found x070, expected x060"),
         ("--train_type rnn", "--train_type: invalid choice"),
-        ("--state_tune 1", "--state_tune: is not here; found 1"),
+        ("--state_tune 1", "--state_tune: not supported; found 1. Use --train_type state."),
         ("--optim muon", "--optim: invalid choice: 'muon'"),
         ('--train_parts ["time"', '--train_parts: found ["time", expected names'),
         ("--train_parts [1,2]", "--train_parts: found [1,2], expected names"),
-        ('--peft bone --peft_config {"r":8} --bone_config {"r":8}', "--bone_config: given beside --peft_config"),
-        ("stray", "'stray' belongs to no flag"),
+        (
+            '--peft bone --peft_config {"r":8} --bone_config {"r":8}',
+            "--bone_config: cannot be combined with --peft_config",
+        ),
+        ("stray", "unexpected argument 'stray'"),
         ("--config nowhere.yaml", "--config: no such file nowhere.yaml"),
     ],
 )
 def test_bad_words_are_one_clear_line(argv, message):
     with pytest.raises(UserError, match=message.replace("{", r"\{").replace("[", r"\[")):
-        cli.parse_args(argv.split())
+        settings_from_argv(argv.split())
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ("--peft bonn --dry_run --n_layer 1 --n_embd 64", r"--peft: unknown method; found bonn, .*Did you mean bone\?"),
-        ('--peft bone --bone_config {"rank":8} --n_layer 1 --n_embd 64 --dry_run', "--bone_config rank: unknown key"),
-        ('--peft bone --bone_config {"r":8,"bone_r":16} --n_layer 1 --n_embd 64 --dry_run', "says one thing twice"),
-        ("--lr_init inf --n_layer 1 --n_embd 64 --dry_run", "--lr_init: bad value; found inf, expected a finite"),
-        ("--random_seed 5000000000 --n_layer 1 --n_embd 64 --dry_run", "--random_seed: bad value"),
-        ("--ctx_len 0 --dry_run --n_layer 1 --n_embd 64", "--ctx_len: bad value; found 0, expected"),
-        ("--n_layer 1 --dry_run", "--n_embd: bad value; found 0, expected a positive integer"),
+        (
+            '--peft bone --bone_config {"rank":8} --n_layer 1 --n_embd 64 --dry_run',
+            "--bone_config rank: unknown option",
+        ),
+        (
+            '--peft bone --bone_config {"r":8,"bone_r":16} --n_layer 1 --n_embd 64 --dry_run',
+            "--bone_config: an option is given twice",
+        ),
+        ("--lr_init inf --n_layer 1 --n_embd 64 --dry_run", "--lr_init: invalid value; found inf, expected a finite"),
+        ("--random_seed 5000000000 --n_layer 1 --n_embd 64 --dry_run", "--random_seed: invalid value"),
+        ("--ctx_len 0 --dry_run --n_layer 1 --n_embd 64", "--ctx_len: invalid value; found 0, expected"),
+        ("--n_layer 1 --dry_run", "--n_embd: invalid value; found 0, expected a positive integer"),
         (
             "--n_layer 1 --n_embd 64 --head_size 48 --dim_att 64 --dry_run",
             "--dim_att: .*found 64, .*multiple of head_size 48",
         ),
-        ("--n_layer 1 --n_embd 64", "--data_file: no data to train on"),
         (
             "--dataload pack --peft prompt --n_layer 1 --n_embd 64 --dry_run",
             "--dataload: pack clears the model's state",
         ),
         (
             "--dataload only --n_layer 1 --n_embd 64 --dry_run",
-            "--micro_bsz: .*found 4 with --dataload only.*expected 1",
+            "--micro_bsz: must be 1 with --dataload only, .*; found 4",
         ),
         ("--loss_mask se --n_layer 1 --n_embd 64 --dry_run", "--mask_id: .*found {} with --loss_mask se, expected"),
-        ("--chunk_ctx 0 --n_layer 1 --n_embd 64 --dry_run", "--chunk_ctx: bad value; found 0, expected"),
-        ("--magic_prime -7 --n_layer 1 --n_embd 64 --dry_run", "--magic_prime: bad value; found -7"),
+        ("--chunk_ctx 0 --n_layer 1 --n_embd 64 --dry_run", "--chunk_ctx: invalid value; found 0, expected"),
+        ("--magic_prime -7 --n_layer 1 --n_embd 64 --dry_run", "--magic_prime: invalid value; found -7"),
         ("--load_model gone.pth --data_file x", "gone.pth: no such file"),
     ],
 )
@@ -122,24 +139,30 @@ def test_bad_values_are_one_clear_line(argv, message):
         resolve(*argv.split())
 
 
+def test_training_needs_data(tmp_path):
+    config = config_from_argv(["--n_layer", "1", "--n_embd", "64", "--proj_dir", str(tmp_path / "out")])
+    with pytest.raises(UserError, match="--data_file: no data to train on"):
+        train(config)
+
+
 @pytest.mark.parametrize("words", [['{"mask0":"Q: ","mask1":[5,6]}'], ['{"mask0":"Q:', '","mask1":[5,6]}']])
 def test_markers_are_json_also_when_a_shell_split_them(words):
     config = resolve("--loss_mask", "se", "--mask_id", *words, "--n_layer", 1, "--n_embd", 64, "--dry_run")
     assert config.data.mask_id == {"mask0": "Q: ", "mask1": [5, 6]}
     with pytest.raises(UserError, match=r"--mask_id: not a JSON object; found mask0, .*mask1"):
-        cli.parse_args(["--mask_id", "mask0"])
+        settings_from_argv(["--mask_id", "mask0"])
 
 
 def test_data_files_are_paths_and_shares(tmp_path):
     words = ["--data_file", "my data/a,b:0.7", "c:0.3"]
-    settings = cli.parse_args(words)
-    config = cli.check(settings)
+    settings = settings_from_argv(words)
+    config = config_from_settings(settings)
     assert config.data.sources == (("my data/a,b", 0.7), ("c", 0.3))
     write_yaml(config, tmp_path / "config.yaml")
-    assert cli.check(cli.parse_args(["--config", str(tmp_path / "config.yaml")])) == config
+    assert config_from_settings(settings_from_argv(["--config", str(tmp_path / "config.yaml")])) == config
     (tmp_path / "old.yaml").write_text("data: {data_file: data/chat}\n")
-    assert cli.parse_args(["--config", str(tmp_path / "old.yaml")])["data_file"] == ("data/chat",)
-    assert cli.is_bare(cli.parse_args(["--data_file", ""]))
+    assert settings_from_argv(["--config", str(tmp_path / "old.yaml")])["data_file"] == ("data/chat",)
+    assert uses_starter(settings_from_argv(["--data_file", ""]))
 
 
 @pytest.mark.parametrize(
@@ -157,24 +180,24 @@ def test_data_files_are_paths_and_shares(tmp_path):
     ],
 )
 def test_flags_that_are_not_read_are_announced(capsys, argv, note):
-    cli.parse_args(argv.split())
+    settings_from_argv(argv.split())
     assert capsys.readouterr().err == note
 
 
 def test_a_shape_flag_that_contradicts_the_file_names_both(tmp_path):
     base = write_base(tmp_path / "base.pth")
-    with pytest.raises(UserError, match=r"--n_embd: contradicts .*base.pth; found 128, expected 64"):
+    with pytest.raises(UserError, match=r"--n_embd: differs from .*base.pth; found 128, expected 64. Omit the flag"):
         resolve("--load_model", base, "--n_embd", 128, "--dry_run")
 
 
 def test_options_of_another_method_are_announced(capsys):
-    cli.parse_args(["--peft", "lora", "--bone_config", '{"r":8}', "--lora_config", '{"lora_r":8,"lora_alpha":16}'])
+    settings_from_argv(["--peft", "lora", "--bone_config", '{"r":8}', "--lora_config", '{"lora_r":8,"lora_alpha":16}'])
     assert "--bone_config has no effect with --peft lora" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["time", "ln"], ['["time","ln"]'], ["time,ln"]])
 def test_train_parts_are_words_not_characters(words):
-    assert cli.parse_args(["--train_parts", *words])["train_parts"] == ("time", "ln")
+    assert settings_from_argv(["--train_parts", *words])["train_parts"] == ("time", "ln")
 
 
 def test_flag_beats_yaml_beats_default(tmp_path):
@@ -188,25 +211,33 @@ def test_flag_beats_yaml_beats_default(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("yaml", "message"),
+    ("content", "message"),
     [
-        ("data: {ctx_length: 5}", r"data.ctx_length: unknown key. Did you mean ctx_len\?"),
-        ("date: {ctx_len: 5}", "'date' is not a section of settings"),
-        ("data: {ctx_len: long}", "ctx_len: bad value; found long"),
-        ("train: {precision: fp12}", r"precision: bad value; found fp12, expected auto \| fp32"),
-        ("data: [", "is not YAML"),
-        ("peft: {train_parts: time}", "train_parts: bad value; found 'time', expected a YAML list"),
-        ("peft: {peft_config: abc}", "peft_config: bad value; found 'abc', expected a YAML dict"),
-        ("train: {load_model: }", "load_model: bad value; found nothing, expected TEXT"),
+        ("data: {ctx_length: 5}", r"data.ctx_length: unknown key. Did you mean data.ctx_len\?"),
+        ("date: {ctx_len: 5}", "config.yaml: unknown key date"),
+        ("data: {ctx_len: long}", "ctx_len: invalid value; found long"),
+        ("train: {precision: fp12}", r"precision: invalid value; found fp12, expected auto \| fp32"),
+        ("data: [", r":1: not valid YAML: "),
+        ("peft: {train_parts: time}", "train_parts: invalid value; found 'time', expected a YAML list"),
+        ("peft: {peft_config: abc}", "peft_config: invalid value; found 'abc', expected a YAML dict"),
+        ("train: {load_model: }", "load_model: invalid value; found nothing, expected text"),
         ("optim: {5: 1}", r"optim.5: unknown key"),
-        ("- ctx_len", "is not a config; expected sections train, model"),
+        ("- ctx_len", "has no keys; expected the sections train, model"),
+        ("format_version: 2", "written by a newer version of this program; found format_version 2, expected at most 1"),
+        ("format_version: new", "written by a newer version"),
+        ("ctx_len: five", r"config.yaml: --ctx_len: expected an integer; found 'five'"),
+        ("ctx_length: 5", r"config.yaml: unknown key ctx_length. Did you mean ctx_len\?"),
+        ("ctx_len:", "--ctx_len: has no value"),
+        ("data: 5", "config.yaml: unknown key data"),
+        ("ctx_len: [5, 6]", "config.yaml: unexpected argument '6'"),
+        ("config: other.yaml", "config.yaml: unknown key config"),
     ],
 )
-def test_bad_yaml(yaml, message, tmp_path):
+def test_bad_yaml(content, message, tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(yaml)
+    path.write_text(content)
     with pytest.raises(UserError, match=message):
-        cli.parse_args(["--config", str(path)])
+        settings_from_argv(["--config", str(path)])
 
 
 @pytest.mark.parametrize(
@@ -225,32 +256,96 @@ def test_bad_yaml(yaml, message, tmp_path):
 def test_every_method_goes_through_a_saved_config(argv, method, options, tmp_path):
     shape = ["--n_layer", "1", "--n_embd", "64", "--dry_run"]
     config = resolve(*shape, *argv)
-    assert config.peft.peft == method
-    assert config.peft.peft_config | options == config.peft.peft_config
+    assert config.peft.method.name == method
+    written = config.to_dict()["peft"]["peft_config"]
+    assert written | options == written
     write_yaml(config, tmp_path / "config.yaml")
     assert resolve("--config", tmp_path / "config.yaml") == config
+
+
+def test_a_saved_config_has_the_form_of_earlier_versions(tmp_path):
+    """Sections and keys, with the method as a name and a mapping; a file without a version loads too."""
+    config = resolve("--n_layer", 1, "--n_embd", 64, "--dry_run", "--peft", "bone", "--bone_config", '{"r":16}')
+    path = tmp_path / "config.yaml"
+    write_yaml(config, path)
+    content = yaml.safe_load(path.read_text())
+    assert list(content) == ["format_version", "model", "peft", "data", "optim", "train"]
+    assert list(content["peft"]) == ["peft", "peft_config", "peft_targets", "train_parts", "adapter_dtype", "quant"]
+    assert content["peft"]["peft_config"] == {
+        "r": 16, "rank_pattern": {}, "load": "", "mode": "row", "g": 0, "rounding": "nearest", "impl": "fused", "cp": 0,
+    }  # fmt: skip
+    del content["format_version"]
+    path.write_text(yaml.safe_dump(content))
+    assert resolve("--config", path) == config
+
+
+def test_a_flat_file_of_flag_names(tmp_path):
+    path = tmp_path / "flat.yaml"
+    path.write_text(
+        "peft: bone\nbone_config: {r: 32}\nbone_impl: materialized\nn_layer: 1\nn_embd: 64\ndry_run: true\n"
+        "data_file: [a:0.5, b:0.5]\ntrain_parts: [time, ln]\nlr_init: 1e-4\nhead_size_a: 32\noptim: none\n"
+        "vocab_size: 80\nwarmup_steps: -1\nmask_id: {mask0: 'Q:', mask1: [5, 6]}\nloss_mask: se\n"
+    )
+    config = resolve("--config", path, "--lr_init", "2e-4")
+    assert config.peft.method == BoneConfig(r=32, impl="materialized")
+    assert config.peft.train_parts == ("time", "ln")
+    assert config.data.sources == (("a", 0.5), ("b", 0.5))
+    assert config.data.mask_id == {"mask0": "Q:", "mask1": [5, 6]}
+    assert (config.optim.lr_init, config.optim.optim, config.optim.warmup_steps) == (2e-4, "adamw", -1)
+    assert config.model.head_size == 32
+    assert config.train.dry_run
+
+
+def test_a_config_is_built_and_checked_in_python():
+    config = RunConfig(peft=PeftConfig(method=BoneConfig(r=8)), train=TrainConfig(dry_run=True))
+    assert config.to_dict()["peft"]["peft"] == "bone"
+    assert RunConfig().peft.method == FullConfig()
+    assert DataConfig(data_file="one").data_file == ("one",)
+    assert OptimConfig(lr_init=1).lr_init == 1.0
+    for build, message in (
+        (
+            lambda: BoneConfig(mode="rows"),
+            r"--bone_config mode: invalid value; found 'rows', expected row \| col \| left",
+        ),
+        (lambda: BoneConfig(cp=True), r"--bone_config cp: invalid value; found True, expected 0 \| 1"),
+        (lambda: BoneConfig(rank_pattern={"key": "8"}), "rank_pattern: .*expected a JSON object with integer values"),
+        (lambda: TrainConfig(devices=2), "--devices: invalid value; found 2, expected text"),
+        (lambda: TrainConfig(precision="fp12"), r"--precision: invalid value; found 'fp12', expected auto \| fp32"),
+        (lambda: PeftConfig(method="bone"), "--method: invalid value; found 'bone', expected a MethodConfig"),
+        (
+            lambda: PeftConfig(train_parts="time"),
+            "--train_parts: invalid value; found 'time', expected a list of names",
+        ),
+        (lambda: DataConfig(mask_id=5), "--mask_id: invalid value; found 5, expected a JSON object"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            build()
+
+
+def test_flags_for_single_options_name_real_options():
+    for method, option in OPTION_FLAGS.values():
+        assert option in asdict(method_config(method, {}))
 
 
 def test_options_of_a_saved_run_stay_with_its_method(tmp_path):
     """`--peft lora` over a Bone run's config takes LoRA's defaults, not Bone's options."""
     (tmp_path / "config.yaml").write_text("peft: {peft: bone, peft_config: {r: 16, mode: row}}")
     shape = ["--n_layer", "1", "--n_embd", "64", "--dry_run", "--config", tmp_path / "config.yaml"]
-    assert resolve(*shape).peft.peft_config["r"] == 16
-    assert resolve(*shape, "--peft", "lora").peft.peft_config["r"] == 32
-    assert resolve(*shape, "--bone_config", '{"r":32}').peft.peft_config["r"] == 32
+    assert resolve(*shape).peft.method.r == 16
+    assert resolve(*shape, "--peft", "lora").peft.method.r == 32
+    assert resolve(*shape, "--bone_config", '{"r":32}').peft.method.r == 32
 
 
 def test_bare_means_neither_model_nor_data_nor_shape():
-    assert cli.is_bare(cli.parse_args(["--peft", "bone", "--bone_config", '{"r":64}', "--micro_bsz", "2"]))
+    assert uses_starter(settings_from_argv(["--peft", "bone", "--bone_config", '{"r":64}', "--micro_bsz", "2"]))
     for flag in ("--load_model", "--data_file", "--n_layer", "--vocab_size"):
-        assert not cli.is_bare(cli.parse_args([flag, "7"])), flag
+        assert not uses_starter(settings_from_argv([flag, "7"])), flag
 
 
 def test_every_flag_has_a_help_sentence():
     for owner in SECTIONS.values():
-        docs = cli.field_docs(owner)
-        for spec in fields(owner):
-            assert docs[spec.name].endswith("."), f"{owner.__name__}.{spec.name}"
+        for name, _, text in documented_flags(owner):
+            assert text.endswith("."), f"{owner.__name__}.{name}"
 
 
 def test_help_is_grouped_and_needs_no_heavy_import():
@@ -266,24 +361,24 @@ def test_help_is_grouped_and_needs_no_heavy_import():
     assert "--bone_config" in result.stdout
 
 
-def test_errors_are_one_line_and_exit_code_2_unless_debug():
-    command = [sys.executable, "train.py", "--load_model", "gone.pth", "--data_file", "x"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def test_errors_are_one_line_and_exit_code_2_unless_debug(monkeypatch):
+    words = ["train.py", "--load_model", "gone.pth", "--data_file", "x"]
+    result = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr == "error: gone.pth: no such file; expected a .pth model file.\n"
-    loud = subprocess.run([*command, "--debug"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert loud.returncode != 0
-    assert "Traceback" in loud.stderr
+    monkeypatch.setattr(sys, "argv", [*words, "--debug"])
+    with pytest.raises(UserError, match=r"gone\.pth"):  # with its traceback
+        exit_with_message(train_command.main)
 
 
 def test_bone_checkpointing_has_flags_of_its_own(capsys, tmp_path):
     bone = ["--peft", "bone", "--bone_config", '{"r":16}']
-    options = cli.parse_args([*bone, "--bone_impl", "materialized", "--bone_cp", "1"])["peft_config"]
+    options = settings_from_argv([*bone, "--bone_impl", "materialized", "--bone_cp", "1"])["peft_config"]
     assert options == {"r": 16, "impl": "materialized", "cp": 1}
     assert capsys.readouterr().err == ""
-    cli.parse_args([*bone, "--bone_cp", "1"])
-    assert "--bone_cp has no effect: only --bone_impl materialized" in capsys.readouterr().err
+    settings_from_argv([*bone, "--bone_cp", "1"])
+    assert capsys.readouterr().err == "note: --bone_cp has no effect with --bone_impl fused\n"
     (tmp_path / "run.yaml").write_text("peft:\n  peft: bone\n  peft_config: {r: 32, impl: materialized}\n")
-    assert cli.parse_args(["--config", str(tmp_path / "run.yaml"), "--bone_cp", "1"])["peft_config"]["r"] == 32
-    with pytest.raises(UserError, match="bone_cp: belongs to --peft bone; found --peft lora"):
-        cli.parse_args(["--peft", "lora", "--bone_cp", "1"])
+    assert settings_from_argv(["--config", str(tmp_path / "run.yaml"), "--bone_cp", "1"])["peft_config"]["r"] == 32
+    with pytest.raises(UserError, match="bone_cp: needs --peft bone; found --peft lora"):
+        settings_from_argv(["--peft", "lora", "--bone_cp", "1"])

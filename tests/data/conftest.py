@@ -15,7 +15,7 @@ WritePair = Callable[..., str]
 
 @pytest.fixture
 def write_pair(tmp_path: Path) -> WritePair:
-    """write_pair(documents, vocab_size=65536, name="pair") -> prefix."""
+    """Return a function: write_pair(documents, vocab_size=65536, name="pair") -> prefix."""
 
     def write(documents: Sequence[Sequence[int]], vocab_size: int = 65536, name: str = "pair") -> str:
         prefix = str(tmp_path / name)

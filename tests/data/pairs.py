@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class IdsOnly:
-    """Stands in for a tokenizer where only the vocabulary's size matters."""
+    """Replaces a tokenizer if only the size of the vocabulary matters."""
 
     vocab_size: int = 65536
     spec: str = "ids"
@@ -22,7 +22,7 @@ class IdsOnly:
 def index_bytes(
     sizes, *, code=8, itemsize=2, marks=None, pointers=None, magic=b"MMIDIDX\x00\x00", version=1, items=None
 ) -> bytes:
-    """An .idx assembled field by field, as Megatron's `MMapIndexedDataset.Index` writes it."""
+    """Return an .idx built field by field, as Megatron's `MMapIndexedDataset.Index` writes it."""
     if pointers is None:
         pointers = [sum(sizes[:i]) * itemsize for i in range(len(sizes))]
     if marks is None:
@@ -42,14 +42,14 @@ def index_bytes(
 
 
 def write_files(prefix: Path, index: bytes, tokens: bytes) -> str:
-    """Put an index and tokens under `prefix`, which has no suffix; returns it as a string."""
+    """Write an index and tokens to `prefix`, which has no suffix, and return it as a string."""
     prefix.with_suffix(".idx").write_bytes(index)
     prefix.with_suffix(".bin").write_bytes(tokens)
     return str(prefix)
 
 
 def write_mask(prefix: str, mask: bytes) -> str:
-    """Put a mask beside a pair, and say so in its sidecar; returns the prefix."""
+    """Add a mask to a pair and its sidecar, and return the prefix."""
     Path(prefix + ".mask.bin").write_bytes(mask)
     meta = Path(prefix + ".meta.json")
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"mask": True}))

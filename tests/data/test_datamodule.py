@@ -10,39 +10,51 @@ import torch
 from torch.utils.data import DataLoader
 
 from rwkv_peft.config.sections import DataConfig
-from rwkv_peft.data.datamodule import BinidxDataModule, SampleDataset
-from rwkv_peft.data.rows.sampling import Samples
+from rwkv_peft.data.datamodule import BinidxDataModule, MicroBatch, StepDataset
+from rwkv_peft.data.training_data import TrainingData, open_data
 from rwkv_peft.errors import ConfigError, DataError
 from tests.data.pairs import IdsOnly
 
 
 @pytest.fixture
 def prefix(write_pair) -> str:
-    """23 documents; document i begins with the token i + 1."""
+    """Write 23 documents; document i begins with token i + 1."""
     return write_pair([[i + 1, 7, 0] for i in range(23)])
 
 
-def make_module(prefix: str, **settings) -> BinidxDataModule:
+def make_module(prefix: str, per_step: int = 1, **settings) -> BinidxDataModule:
     config = DataConfig(data_file=prefix, **{"dataload": "pad", "ctx_len": 6, "micro_bsz": 4} | settings)
-    return BinidxDataModule(config, vocab_size=100)
+    return BinidxDataModule(open_data(config, vocab_size=100), per_step)
 
 
-def batches_of_rank(
+def steps_of_rank(
     prefix: str, rank: int, world_size: int, *, begin: tuple[int, int] = (0, 0), epoch: int = 0, **settings
-) -> list[dict[str, torch.Tensor]]:
-    """Of the trainer's epoch `epoch`, in a run that begins at (epoch, batch)."""
+) -> list[list[MicroBatch]]:
+    """Return the steps of the trainer's epoch `epoch`, in a run that begins at (epoch, micro-batch)."""
     module = make_module(prefix, **settings)
     module.begin_at(*begin)
-    module.trainer = SimpleNamespace(
-        world_size=world_size, global_rank=rank, accumulate_grad_batches=1, current_epoch=epoch
-    )
-    module.setup("fit")
-    return list(module.train_dataloader())
+    module.trainer = SimpleNamespace(world_size=world_size, global_rank=rank, current_epoch=epoch)
+    loader = module.train_dataloader()
+    steps = list(loader)
+    assert len(loader) == len(steps)
+    return steps
+
+
+def batches_of_rank(*arguments, **settings) -> list[MicroBatch]:
+    """Return the micro-batches of all steps."""
+    return [batch for step in steps_of_rank(*arguments, **settings) for batch in step]
+
+
+def assert_equal(found: list[MicroBatch], expected: list[MicroBatch]) -> None:
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_batches_have_the_promised_shapes(prefix):
     batch = batches_of_rank(prefix, 0, 1)[0]
-    assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items() if "tokens" not in key} == {
+    assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items()} == {
         "input_ids": ((4, 6), torch.int64),
         "targets": ((4, 6), torch.int64),
         "loss_mask": ((4, 6), torch.bool),
@@ -53,14 +65,13 @@ def test_batches_have_the_promised_shapes(prefix):
 
 @pytest.mark.parametrize("dataload", ["get", "walk", "pad", "pack"])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_together_see_what_one_process_sees(prefix, dataload, world_size):
+def test_all_ranks_together_get_the_rows_of_one_process(prefix, dataload, world_size):
     ranks = [batches_of_rank(prefix, q, world_size, dataload=dataload, epoch_steps=5) for q in range(world_size)]
     alone = batches_of_rank(prefix, 0, 1, dataload=dataload, epoch_steps=5, micro_bsz=4 * world_size)
     assert len(alone) == 5
     for step, whole in enumerate(alone):
         for key in ("input_ids", "targets", "loss_mask"):
             assert torch.equal(torch.cat([batches[step][key] for batches in ranks]), whole[key])
-        assert sum(batches[step]["window_tokens"] for batches in ranks) == whole["window_tokens"]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -72,7 +83,7 @@ def test_an_epoch_of_pad_is_exactly_the_data(prefix, world_size):
 
 
 def test_batches_of_pack_say_where_documents_begin(prefix):
-    """Two documents of 3 tokens a row; the 23rd is alone."""
+    """Each row has two documents of 3 tokens; the 23rd document has its own row."""
     batches = batches_of_rank(prefix, 0, 1, dataload="pack")
     assert len(batches) == 3
     assert all(batch["starts"].dtype == torch.bool for batch in batches)
@@ -89,36 +100,63 @@ def test_batches_of_only_are_as_long_as_the_document(write_pair):
 
 @pytest.mark.parametrize("micro_bsz", [2, 4])
 def test_only_takes_one_document_at_a_time(micro_bsz):
-    with pytest.raises(ConfigError, match=f"--micro_bsz: .*found {micro_bsz} with --dataload only.*expected 1"):
+    with pytest.raises(ConfigError, match=f"--micro_bsz: must be 1 with --dataload only.*found {micro_bsz}"):
         DataConfig(dataload="only", micro_bsz=micro_bsz)
 
 
 @pytest.mark.parametrize("settings", [{"dataload": "walk"}, {"dataload": "get", "magic_prime": 5}])
-def test_the_walk_goes_on_over_epochs(prefix, settings):
-    """69 tokens in windows of 10: three epochs of 5 windows go over each of the 5 three times, as if they were one."""
+def test_the_walk_continues_over_epochs(prefix, settings):
+    """69 tokens give 5 windows of 10 targets. Five epochs of 3 windows use each window three times, in three passes."""
     settings |= {"ctx_len": 10, "micro_bsz": 1, "epoch_steps": 3}
     three = [batches_of_rank(prefix, 0, 1, **settings, epoch_begin=epoch) for epoch in (0, 1, 2, 3, 4)]
     order = [tuple(batch["input_ids"][0].tolist()) for batches in three for batch in batches]
     assert [len(set(order[i : i + 5])) for i in (0, 5, 10)] == [5, 5, 5]
     module = make_module(prefix, **settings)
-    module.setup()
-    assert module.plan(1).samples_per_pass == 5
+    assert module.data.plan(1).samples_per_pass == 5
 
 
 @pytest.mark.parametrize("dataload", ["get", "walk", "pad", "pack"])
 def test_a_run_may_begin_within_an_epoch(prefix, dataload):
-    """Then it sees what is left of that epoch, and the next ones whole."""
+    """The first epoch is then the rest of that epoch; the next ones are complete."""
     settings = {"dataload": dataload, "micro_bsz": 1, "epoch_steps": 5, "epoch_begin": 2}
     whole = [batches_of_rank(prefix, 1, 2, epoch=epoch, **settings) for epoch in range(3)]
     rest, after = (batches_of_rank(prefix, 1, 2, begin=(1, 3), epoch=epoch, **settings) for epoch in (0, 1))
-    for found, expected in ((rest, whole[1][3:]), (after, whole[2])):
-        assert len(found) == len(expected) > 0
-        for a, b in zip(found, expected, strict=True):
-            assert all(torch.equal(a[name], b[name]) for name in ("input_ids", "targets", "loss_mask"))
+    assert_equal(rest, whole[1][3:])
+    assert_equal(after, whole[2])
 
 
-def test_loaders_leave_the_random_numbers_of_the_run_alone(prefix):
-    """Else a run that goes on would drop other activations: it makes fewer loaders."""
+@pytest.mark.parametrize(("per_step", "sizes"), [(1, [1] * 6), (4, [4, 2]), (6, [6]), (10, [6])])
+def test_a_step_is_a_list_of_micro_batches(prefix, per_step, sizes):
+    """The number of micro-batches in a step does not change them; an epoch's last step may be shorter."""
+    steps = steps_of_rank(prefix, 0, 1, per_step=per_step)
+    assert [len(step) for step in steps] == sizes
+    assert_equal([batch for step in steps for batch in step], batches_of_rank(prefix, 0, 1))
+
+
+@pytest.mark.parametrize("dataload", ["pack", "walk"])
+def test_a_run_may_begin_at_a_step_within_an_epoch(prefix, dataload):
+    settings = {"dataload": dataload, "micro_bsz": 1, "epoch_steps": 8, "per_step": 3}
+    whole = steps_of_rank(prefix, 1, 2, epoch=1, **settings)
+    rest = steps_of_rank(prefix, 1, 2, begin=(1, 3), **settings)
+    assert [len(step) for step in rest] == [3, 2]
+    for found, expected in zip(rest, whole[1:], strict=True):
+        assert_equal(found, expected)
+    assert [len(step) for step in steps_of_rank(prefix, 1, 2, begin=(0, 3), epoch=1, **settings)] == [3, 3, 2]
+
+
+def test_a_step_is_read_only_when_it_is_needed(prefix, monkeypatch):
+    module = make_module(prefix, per_step=3)
+    module.trainer = SimpleNamespace(world_size=1, global_rank=0, current_epoch=0)
+    read, sample = [], module.data.sample
+    monkeypatch.setattr(module.data, "sample", lambda epoch, index: read.append(index) or sample(epoch, index))
+    steps = iter(module.train_dataloader())
+    for rows in (12, 24):
+        next(steps)
+        assert read == list(range(rows))
+
+
+def test_loaders_do_not_use_the_random_numbers_of_the_run(prefix):
+    """Otherwise dropout would differ in a resumed run, which makes fewer loaders."""
     before = torch.get_rng_state()
     batches_of_rank(prefix, 0, 1)
     assert torch.equal(torch.get_rng_state(), before)
@@ -134,19 +172,17 @@ def test_several_pairs_in_one_run(write_pair):
 
 
 @pytest.mark.parametrize("dataload", ["get", "pack"])
-def test_worker_processes_give_what_this_process_gives(prefix, write_pair, dataload):
+def test_loader_workers_give_the_same_batches(prefix, write_pair, dataload):
     other = write_pair([[90, 91, 0]] * 9, name="other")
-    module = make_module((f"{prefix}:2", f"{other}:1"), dataload=dataload)
-    module.setup()
-    keys = [(epoch, index) for epoch in (0, 1) for index in range(30)]
-    here = [module._samples.sample(42, *key) for key in keys]
-    there = list(DataLoader(SampleDataset(module._samples, 42), batch_size=None, sampler=keys, num_workers=2))
-    for a, b in zip(here, there, strict=True):
-        assert all(torch.equal(torch.from_numpy(a[name]), b[name]) for name in a)
+    data = make_module((f"{prefix}:2", f"{other}:1"), dataload=dataload).data
+    keys = [[[(epoch, index)], [(epoch, index + 1)]] for epoch in (0, 1) for index in range(30)]
+    here, there = StepDataset(data), DataLoader(StepDataset(data), batch_size=None, sampler=keys, num_workers=2)
+    for key, step in zip(keys, there, strict=True):
+        assert_equal(step, here[key])
 
 
 class Recorder(pl.LightningModule):
-    """Trains nothing much, and writes down what it was given."""
+    """Records what it was given; its one parameter does not matter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,8 +192,9 @@ class Recorder(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.seen.append([])
 
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        self.seen[-1] += batch["input_ids"][:, 0].tolist()
+    def training_step(self, batch: list[MicroBatch], batch_idx: int) -> torch.Tensor:
+        for micro_batch in batch:
+            self.seen[-1] += micro_batch["input_ids"][:, 0].tolist()
         return self.weight * 1.0
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -184,19 +221,18 @@ def _quiet():
 
 
 def first_tokens(module: BinidxDataModule, epochs: range) -> list[list[int]]:
-    """What training should see: the first token of each of an epoch's 24 samples."""
-    samples = Samples(module.reader, module.config, vocab_size=100)
-    return [[int(samples.sample(module.config.random_seed, e, i)["input_ids"][0]) for i in range(24)] for e in epochs]
+    """Return the first token of each of the 24 rows, for each epoch."""
+    return [[int(module.data.sample(e, i)["input_ids"][0]) for i in range(24)] for e in epochs]
 
 
-def test_lightning_tells_each_epoch_from_the_last(prefix):
-    module, recorder = make_module(prefix, epoch_begin=3), Recorder()
+def test_lightning_epochs_have_different_orders(prefix):
+    module, recorder = make_module(prefix, per_step=4, epoch_begin=3), Recorder()
     make_trainer(epochs=3).fit(recorder, module)
     assert recorder.seen == first_tokens(module, range(3, 6))
     assert recorder.seen[0] != recorder.seen[1] != recorder.seen[2]
 
 
-def test_a_resumed_run_goes_on_with_the_next_epoch(prefix, tmp_path):
+def test_a_resumed_run_continues_with_the_next_epoch(prefix, tmp_path):
     first, module = make_trainer(epochs=1), make_module(prefix)
     first.fit(Recorder(), module)
     first.save_checkpoint(tmp_path / "last.ckpt")
@@ -205,29 +241,28 @@ def test_a_resumed_run_goes_on_with_the_next_epoch(prefix, tmp_path):
     assert recorder.seen == first_tokens(module, range(1, 3))
 
 
-def with_identity(prefix: str, sha256: str) -> BinidxDataModule:
-    identity = {"name": "other", "sha256": sha256}
-    return BinidxDataModule(DataConfig(data_file=prefix), vocab_size=100, tokenizer_identity=identity)
+def check_identity(data: TrainingData, sha256: str) -> None:
+    data.check_tokenizer({"name": "other", "sha256": sha256}, "the adapter's")
 
 
 def test_another_tokenizer_than_the_adapters_is_an_error(prefix):
-    with pytest.raises(DataError, match=r"another tokenizer.*found ids \(sha256 0000.*expected other \(sha256 ffff"):
-        with_identity(prefix, "f" * 64).setup("fit")
+    with pytest.raises(DataError, match=r"different tokenizer.*found ids \(sha256 0000.*expected other \(sha256 ffff"):
+        check_identity(open_data(DataConfig(data_file=prefix)), "f" * 64)
 
 
-def test_the_adapters_tokenizer_under_another_name_is_taken(prefix):
-    module = with_identity(prefix, IdsOnly().identity["sha256"])
-    module.setup("fit")
-    assert module.plan(world_size=1).documents == 23
+def test_the_adapters_tokenizer_is_accepted_under_another_name(prefix):
+    data = open_data(DataConfig(data_file=prefix))
+    check_identity(data, IdsOnly().identity["sha256"])
+    data.check_tokenizer(None, "the adapter's")
 
 
-def test_a_pair_that_does_not_know_its_tokenizer_is_taken(prefix):
+def test_a_pair_without_a_sidecar_is_accepted(prefix):
     Path(prefix + ".meta.json").unlink()
-    module = with_identity(prefix, "f" * 64)
-    module.setup("fit")
-    assert module.reader.meta is None
+    data = open_data(DataConfig(data_file=prefix))
+    check_identity(data, "f" * 64)
+    assert data.meta is None
 
 
-def test_setup_checks_the_vocabulary(prefix):
-    with pytest.raises(DataError, match="beyond the vocabulary"):
-        BinidxDataModule(DataConfig(data_file=prefix), vocab_size=20).setup("fit")
+def test_opening_checks_the_vocabulary(prefix):
+    with pytest.raises(DataError, match="outside the vocabulary"):
+        open_data(DataConfig(data_file=prefix), vocab_size=20)

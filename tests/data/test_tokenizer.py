@@ -26,12 +26,12 @@ TEXTS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _vocabulary_is_read():
-    """Once and here: hypothesis would take it for one slow example."""
+    """Load it before the tests, because hypothesis would report the first example as slow."""
     WORLD.decode([])
 
 
 def train_json_tokenizer(path: Path, special: list[str], *, truncate: bool = False) -> str:
-    """A byte-level BPE of a few merges."""
+    """Train a byte-level BPE with a few merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -84,8 +84,8 @@ def test_bytes_of_a_text_have_the_ids_of_the_text(tokenizer, text):
 
 @BOTH
 @given(text=st.text(), data=st.data())
-def test_a_text_cut_anywhere_shows_all_its_whole_characters(tokenizer, text, data):
-    """Windows of `--dataload get` begin and end inside characters."""
+def test_a_text_cut_anywhere_shows_its_complete_characters(tokenizer, text, data):
+    """Windows of `--dataload get` may begin and end inside a character."""
     content = text.encode()
     start = data.draw(st.integers(0, len(content)))
     cut = content[start : data.draw(st.integers(start, len(content)))]
@@ -93,7 +93,7 @@ def test_a_text_cut_anywhere_shows_all_its_whole_characters(tokenizer, text, dat
     assert shown.replace("\ufffd", "") == cut.decode(errors="ignore").replace("\ufffd", "")
 
 
-def test_broken_bytes_cost_one_id_each_and_spoil_nothing_around_them():
+def test_invalid_bytes_have_one_id_each_and_do_not_change_their_neighbors():
     hello, world = WORLD.encode("hello"), WORLD.encode(" 你好")
     assert WORLD.encode_bytes(b"\xffhello\xe4\xbd" + " 你好".encode() + b"\x80") == [256, *hello, 229, 190, *world, 129]
 
@@ -105,13 +105,13 @@ def test_decode_takes_any_ids(tokenizer, ids):
 
 
 @BOTH
-def test_cut_utf8_and_unknown_ids_show_as_replacement(tokenizer):
+def test_incomplete_utf8_and_unknown_ids_become_replacement_characters(tokenizer):
     pieces = [byte + 1 for byte in "a😀".encode()]
     assert [tokenizer.decode(pieces[:n]) for n in range(1, 6)] == ["a", "a\ufffd", "a\ufffd", "a\ufffd", "a😀"]
     assert tokenizer.decode([98, 65530, 98, -1, 0]) == "a\ufffda\ufffd"
 
 
-def test_identities_tell_tokenizers_apart():
+def test_identities_distinguish_tokenizers():
     assert WORLD.identity["sha256"] == "e6dee3d4e31b4d5c40ac99508ac6c701ceef4bed681bf2167ce9a908552bca89"
     assert same_tokenizer(WORLD.identity, load_tokenizer("world").identity)
     assert not same_tokenizer(WORLD.identity, load_tokenizer("bytes").identity)
@@ -155,7 +155,7 @@ def test_json_tokenizer_never_truncates_and_is_the_same_without_truncation(tmp_p
     assert not same_tokenizer(plain.identity, other.identity)
 
 
-def test_json_vocabulary_with_holes_counts_to_its_largest_id(tmp_path):
+def test_vocab_size_of_a_json_vocabulary_with_missing_ids(tmp_path):
     content = json.loads(Path(train_json_tokenizer(tmp_path / "tokenizer.json", ["</s>"])).read_text())
     content["model"]["vocab"]["zz"] = 5000
     (tmp_path / "holes.json").write_text(json.dumps(content))
@@ -164,7 +164,7 @@ def test_json_vocabulary_with_holes_counts_to_its_largest_id(tmp_path):
 
 def test_json_tokenizer_without_eod_is_an_error(tmp_path):
     spec = train_json_tokenizer(tmp_path / "tokenizer.json", ["<pad>"])
-    with pytest.raises(DataError, match=r"tokenizer\.json: has no token that ends a document.*<\|endoftext\|>"):
+    with pytest.raises(DataError, match=r"json: no end-of-document token in the vocabulary.*<\|endoftext\|>"):
         load_tokenizer(spec)
 
 
@@ -172,7 +172,7 @@ def test_json_tokenizer_without_eod_is_an_error(tmp_path):
 def test_broken_tokenizer_file_is_an_error(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
-    with pytest.raises(DataError, match=r"tokenizer\.json: is not a tokenizer\.json"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: not a Hugging Face tokenizer\.json"):
         load_tokenizer(str(path))
 
 

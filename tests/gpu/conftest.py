@@ -1,4 +1,4 @@
-"""Settings for checks that run on the CPU too."""
+"""Fixtures of the tests that run on the CPU and on a GPU."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ def on_one_thread(one_thread):
 
 @pytest.fixture
 def poisoned_memory():
-    """torch.empty returns NaN, so that an element that no one writes shows."""
+    """Make torch.empty return NaN, so that an element that is never written is noticed."""
     torch.use_deterministic_algorithms(True)  # also switches on torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)

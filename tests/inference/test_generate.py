@@ -1,4 +1,4 @@
-"""Sampling text."""
+"""Generation of token ids and of text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rwkv_peft.inference.generate import generate, sample_token
 from tests.helpers import TINY, lively_model
 
 
-def test_greedy_generation_is_what_full_passes_give():
-    """Each token is the likeliest after everything before it, computed without a carried state."""
+def test_greedy_generation_equals_full_forward_passes():
+    """Each token is the most likely one after all tokens before it, computed without a state."""
     model, ids = lively_model().eval(), [5, 7, 11]
     with torch.no_grad():
         for _ in range(6):
@@ -19,7 +19,7 @@ def test_greedy_generation_is_what_full_passes_give():
     assert list(generate(model, ids[:3], max_tokens=6, temperature=0, stop=ids[5])) == ids[3:5]
 
 
-def test_a_step_is_a_forward_that_uses_its_state_up():
+def test_a_step_is_a_forward_pass_that_updates_the_state_in_place():
     model, ids = lively_model().eval(), torch.tensor([[5, 7, 11, 2]])
     with torch.no_grad():
         expected, after = model(ids)
@@ -32,7 +32,7 @@ def test_a_step_is_a_forward_that_uses_its_state_up():
     assert [layer.wkv.data_ptr() for layer in state] == memory
 
 
-def test_generation_repeats_with_its_seed():
+def test_generation_is_reproducible_with_a_seed():
     model = lively_model().eval()
     runs = [list(generate(model, [1], max_tokens=20, top_p=1.0, seed=seed, stop=-1)) for seed in (3, 3, 4)]
     assert runs[0] == runs[1] != runs[2]
@@ -40,7 +40,7 @@ def test_generation_repeats_with_its_seed():
 
 
 @pytest.mark.parametrize(("top_p", "allowed"), [(0.0, {2}), (0.5, {2}), (0.7, {2, 0}), (1.0, {0, 1, 2})])
-def test_top_p_keeps_the_likeliest(top_p, allowed):
+def test_top_p_keeps_the_most_likely_tokens(top_p, allowed):
     logits = torch.tensor([0.3, 0.1, 0.6]).log()
     generator = torch.Generator().manual_seed(0)
     assert {sample_token(logits, 1.0, top_p, generator) for _ in range(200)} == allowed

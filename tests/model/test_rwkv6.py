@@ -1,4 +1,4 @@
-"""The model against the `rwkv` package, an independent implementation, and against itself."""
+"""The model compared with the `rwkv` package, an independent implementation, and with itself."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rwkv_peft.model.init import model_from_scratch, model_from_state, model_on_
 from rwkv_peft.model.rwkv6 import RWKV6
 from tests.helpers import TINY, lively_model, relative_error, with_shape, write_base
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PUBLIC_KEYS = """
 ln1.weight ln1.bias ln2.weight ln2.bias ln0.weight ln0.bias
 att.time_maa_x att.time_maa_w att.time_maa_k att.time_maa_v att.time_maa_r att.time_maa_g
@@ -23,7 +25,7 @@ ffn.key.weight ffn.receptance.weight ffn.value.weight
 """.split()
 
 
-def test_keys_and_their_order_are_public():
+def test_keys_and_their_order_are_those_of_rwkv_lm():
     blocks = [
         f"blocks.{layer}.{key}" for layer in range(2) for key in PUBLIC_KEYS if layer == 0 or not key.startswith("ln0")
     ]
@@ -46,7 +48,7 @@ def test_public_shapes_of_the_1b6_model():
 
 
 def client_logits(path, ids: list[int], *, one_by_one: bool) -> torch.Tensor:
-    """(T, V) logits of the `rwkv` package on the same file."""
+    """Return the logits (T, V) of the `rwkv` package for the same file."""
     os.environ["RWKV_JIT_ON"] = "0"
     os.environ["RWKV_CUDA_ON"] = "0"
     from rwkv.model import RWKV
@@ -62,11 +64,14 @@ def client_logits(path, ids: list[int], *, one_by_one: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "config",
-    [TINY, with_shape(head_size=64), with_shape(n_embd=96, dim_att=96, head_size=16, dim_ffn=160)],
-    ids=["head 32", "head 64", "head 16"],
+    ("config", "one_by_one"),
+    [
+        (TINY, False),
+        (with_shape(head_size=64), True),
+        (with_shape(n_embd=96, dim_att=96, head_size=16, dim_ffn=160), True),
+    ],
+    ids=["head 32, batch", "head 64, token by token", "head 16, token by token"],
 )
-@pytest.mark.parametrize("one_by_one", [False, True], ids=["batch", "step by step"])
 def test_logits_equal_the_rwkv_package(config, one_by_one, tmp_path):
     path = write_base(tmp_path / "base.pth", config)
     ids = torch.randint(config.vocab_size, (2, 37), generator=torch.Generator().manual_seed(3))
@@ -83,11 +88,11 @@ def test_logits_equal_the_rwkv_package(config, one_by_one, tmp_path):
             ours = model(ids)[0]
     for row in range(2):
         theirs = client_logits(path, ids[row].tolist(), one_by_one=one_by_one)
-        assert theirs.abs().max() > 1, "logits near zero would prove nothing"
+        assert theirs.abs().max() > 1, "logits near zero would not show a difference"
         assert (ours[row] - theirs).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("cut", [1, 7, 32, 40])
+@pytest.mark.parametrize("cut", [1, 32])
 def test_carried_state_equals_one_pass(cut):
     model = lively_model().double()
     model.dtype = torch.float64
@@ -109,7 +114,7 @@ def gradients(model: RWKV6, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def test_checkpointed_blocks_give_the_same_gradients():
-    """With the embedding frozen too, where reentrant checkpointing goes silently wrong."""
+    """Also with a frozen embedding, for which reentrant checkpointing gives wrong gradients without an error."""
     ids = torch.randint(TINY.vocab_size, (2, 19))
     plain = lively_model()
     plain.emb.weight.requires_grad_(False)
@@ -140,7 +145,7 @@ def test_bf16_follows_fp32():
 
 
 def test_the_decay_is_fp32_under_bf16():
-    """bf16 has 8 bits: a channel that should remember for thousands of tokens would forget at another rate."""
+    """bf16 is not precise enough for a channel that remembers thousands of tokens."""
     att = model_from_state(TINY, lively_model().state_dict(), "base", dtype=torch.bfloat16).blocks[0].att
     w = att._decay(torch.randn(1, 5, 64).bfloat16())
     assert w.dtype == torch.float32
@@ -148,7 +153,7 @@ def test_the_decay_is_fp32_under_bf16():
 
 
 def test_init_follows_rwkv_lm():
-    """Spot values of RWKV-LM's rules, worked out by hand."""
+    """Some values of RWKV-LM's rules, computed by hand."""
     model = model_from_scratch(with_shape(n_layer=3, n_embd=64, head_size=32), seed=1)
     first, last = model.blocks[0].att, model.blocks[2].att
     assert torch.allclose(first.time_maa_x.flatten()[:3], 1 - torch.arange(3) / 64)

@@ -1,4 +1,4 @@
-"""The loss: its definition against RWKV-LM's, and the fused form against the definition."""
+"""The loss: its definition compared with RWKV-LM's, and the fused form compared with the definition."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from rwkv_peft.ops import cross_entropy
-from rwkv_peft.ops.cross_entropy import linear_cross_entropy
-from rwkv_peft.ops.wkv6.reference import masked_cross_entropy
+from rwkv_peft.ops.cross_entropy import linear_cross_entropy, masked_cross_entropy
 from tests.helpers import relative_error
 
 
 def rwkv_lm_loss(logits, targets, mask):
-    """RWKV-LM's masked loss and its L2Wrap gradient, the latter over the trained tokens."""
+    """Return RWKV-LM's masked loss and its gradient with L2Wrap, over the tokens in the loss."""
     loss = (
         F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none") * mask.flatten()
     ).sum() / mask.sum()
@@ -33,10 +32,10 @@ def test_loss_and_gradient_follow_rwkv_lm():
     expected_loss, expected_grad = rwkv_lm_loss(logits, targets, mask)
     assert relative_error(loss, expected_loss) < 1e-14
     assert relative_error(grad, expected_grad) < 1e-12
-    assert grad[~mask].abs().max() == 0, "masked tokens train nothing"
+    assert grad[~mask].abs().max() == 0, "tokens outside the mask have no gradient"
 
 
-def test_loss_of_nothing_is_zero():
+def test_loss_without_tokens_is_zero():
     logits = torch.randn(1, 3, 5, requires_grad=True)
     loss = masked_cross_entropy(logits, torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool))
     loss.backward()
@@ -62,7 +61,7 @@ def head_inputs(dtype=torch.float64, *, rows=(3, 7), width=6, vocabulary=11, see
 
 @pytest.mark.parametrize("chunk_logits", [1, 25, 10**6])
 def test_fused_equals_the_definition(chunk_logits, monkeypatch):
-    """Loss and both gradients, for one row, two rows and all rows at a time."""
+    """The loss and both gradients, computed for one row, two rows and all rows at a time."""
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", chunk_logits)
     hidden, weight, targets, mask = head_inputs()
     fused = linear_cross_entropy(hidden, weight, targets, mask)
@@ -89,7 +88,7 @@ def test_fused_with_frozen_inputs(frozen):
     assert relative_error(trained.grad, expected) < 1e-12
 
 
-def test_fused_loss_of_nothing_is_zero():
+def test_fused_loss_without_tokens_is_zero():
     hidden, weight, targets, mask = head_inputs()
     loss = linear_cross_entropy(hidden, weight, targets, torch.zeros_like(mask))
     loss.backward()
@@ -98,8 +97,8 @@ def test_fused_loss_of_nothing_is_zero():
     assert weight.grad.abs().max() == 0
 
 
-def test_fused_in_bf16_is_as_good_as_unfused():
-    """Against float64 of the same bf16 inputs, with an fp32 master weight, error at most twice the plain form's."""
+def test_fused_in_bf16_is_as_precise_as_unfused():
+    """Compared with float64 for the same bf16 inputs and an fp32 weight, the error is at most twice the unfused one."""
     hidden, weight, targets, mask = head_inputs(torch.float32, rows=(4, 16), width=64, vocabulary=200)
     low = hidden.detach().bfloat16().requires_grad_()
     exact_hidden = low.detach().double().requires_grad_()

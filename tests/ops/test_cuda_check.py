@@ -1,4 +1,4 @@
-"""What `make cuda-check` reads out of ptxas' report, and that a real spill does not get past it."""
+"""`make cuda-check`: reading the report of ptxas, and detecting real register spills."""
 
 import re
 
@@ -7,8 +7,8 @@ import pytest
 from rwkv_peft.ops import build, cuda_check
 from rwkv_peft.ops.cuda_check import Kernel, complaints, read_report, table
 
-# nvcc 13.0.88 -O3 -arch=sm_80 -Xptxas -v: a kernel that spills, one that does not, one that calls a function with an
-# array of its own; the times cut out.
+# Output of nvcc 13.0.88 -O3 -arch=sm_80 -Xptxas -v, without times: a kernel that spills, a kernel that does not, and a
+# kernel that calls a function with a local array.
 REPORT = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN40_GLOBAL__N__1e04a911_8_spill_cu__Z3farfi7pressedILi64EfEEvPT0_' for 'sm_80'
@@ -28,7 +28,7 @@ ptxas info    : Function properties for _Z3farfi
 ptxas warning : Value of threads per SM for entry _Z5callsPfi is out of range. .minnctapersm will be ignored
 """  # noqa: E501
 
-# The same for sm_120 of a kernel with shared memory.
+# The output for sm_120 and a kernel with shared memory.
 SHARED_REPORT = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN9rwkv_peft16key_sweep_kernelILi64EfEEvNS_6LaunchENS_8KeySweepE' for 'sm_120'
@@ -39,7 +39,7 @@ ptxas info    : Compile time = 68.865 ms
 """  # noqa: E501
 
 CLEAN = "__global__ void clean(float* x) { x[threadIdx.x] *= 2; }\n"
-# 64 numbers in the 32 registers that two blocks of 1024 threads leave on sm_80; and an array indexed at run time.
+# 64 values in the 32 registers per thread that two blocks of 1024 threads have on sm_80; an array indexed at run time.
 SPILLING = """
 template <int N>
 __global__ void __launch_bounds__(1024, 2) pressed(float* x) {
@@ -73,7 +73,7 @@ def test_reads_every_kernel_and_the_functions_they_call():
     assert (shared.arch, shared.registers, shared.shared) == ("sm_120", 166, 512)
 
 
-def test_complains_once_about_each_kernel_that_uses_local_memory():
+def test_reports_each_kernel_that_uses_local_memory_once():
     spill, frame = complaints(read_report(REPORT))
     numbers = "uses local memory: {} bytes of stack frame, {} bytes of spill stores, {} bytes of spill loads"
     assert spill.endswith("on sm_80 " + numbers.format(40, 44, 44))
@@ -81,29 +81,26 @@ def test_complains_once_about_each_kernel_that_uses_local_memory():
     assert complaints(read_report(SHARED_REPORT)) == []
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
+def test_stores_or_loads_alone_are_spills():
+    for line in (
         "0 bytes stack frame, 8 bytes spill stores, 0 bytes spill loads",
         "0 bytes stack frame, 0 bytes spill stores, 4 bytes spill loads",
-    ],
-)
-def test_stores_or_loads_alone_are_spills(line):
-    report = SHARED_REPORT.replace("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", line)
-    assert len(complaints(read_report(report))) == 1
+    ):
+        report = SHARED_REPORT.replace("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", line)
+        assert len(complaints(read_report(report))) == 1
 
 
-def test_a_called_function_that_spills_counts():
-    told = "Function properties for _Z3farfi\n    0 bytes stack frame, 0 bytes spill stores"
-    report = REPORT.replace(told, told.replace("0 bytes spill stores", "8 bytes spill stores"))
+def test_a_called_function_that_spills_is_reported():
+    properties = "Function properties for _Z3farfi\n    0 bytes stack frame, 0 bytes spill stores"
+    report = REPORT.replace(properties, properties.replace("0 bytes spill stores", "8 bytes spill stores"))
     assert any("8 bytes of spill stores" in line for line in complaints(read_report(report)))
 
 
-def test_a_report_that_tells_nothing_does_not_pass():
+def test_an_incomplete_report_does_not_pass():
     with pytest.raises(ValueError, match="no kernel"):
         read_report("ptxas info    : 0 bytes gmem\n")
     silent = "".join(line for line in SHARED_REPORT.splitlines(True) if "stack frame" not in line)
-    with pytest.raises(ValueError, match=r"how much local memory .*key_sweep_kernel.* uses on sm_120"):
+    with pytest.raises(ValueError, match=r"did not report the local memory of .*key_sweep_kernel.* on sm_120"):
         read_report(silent)
 
 
@@ -122,7 +119,7 @@ def sources(tmp_path, monkeypatch):
 
 
 @needs_nvcc
-def test_a_kernel_that_spills_is_caught_and_named(sources, capsys):
+def test_a_kernel_that_spills_is_reported_by_name(sources, capsys):
     (sources / "spilling.cu").write_text(SPILLING)
     (sources / "clean.cu").write_text(CLEAN)
     assert cuda_check.main(["sm_80"]) == 1
@@ -150,13 +147,14 @@ def test_a_source_that_does_not_compile_is_reported(sources, capsys):
     assert "undeclared" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_our_cuda_sources_compile():
-    """Whether they spill is for `make cuda-check` to say, on every architecture."""
+    """`make cuda-check` also checks register spills, on every architecture."""
     assert any(kernel.registers for kernel in cuda_check.compile_sources(["sm_80"]))
 
 
-def test_without_nvcc_it_is_a_note(monkeypatch, capsys):
+def test_without_nvcc_the_check_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(cuda_check, "find_nvcc", lambda: None)
     assert cuda_check.main(["sm_80"]) == 0
-    assert "skipped: no nvcc" in capsys.readouterr().out
+    assert "skipped, because nvcc was not found" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Products with a frozen matrix: the widened form against torch, and LoRA's form against its definition."""
+"""Products with a frozen matrix compared with torch, and the LoRA product compared with its definition."""
 
 from __future__ import annotations
 
@@ -11,26 +11,21 @@ from rwkv_peft.ops.products import linear, product_dtype, times, times_transpose
 from tests.helpers import relative_error
 
 
-@pytest.fixture(params=[True, False], ids=["amx", "no amx"])
-def amx(request, monkeypatch):
-    monkeypatch.setattr(products, "_has_amx", lambda: request.param)
-    return request.param
-
-
-def test_bf16_rows_are_widened_where_that_is_faster(amx):
+@pytest.mark.parametrize("amx", [True, False])
+def test_bf16_rows_are_widened_without_amx(monkeypatch, amx):
+    monkeypatch.setattr(products, "_has_amx", lambda: amx)
     many, few = torch.zeros(products.ROWS_WORTH_WIDENING, 8).bfloat16(), torch.zeros(4, 8).bfloat16()
     assert product_dtype(many) == (torch.bfloat16 if amx else torch.float32)
-    assert product_dtype(few) == product_dtype(many), "no update may be rounded away, however few the rows"
+    assert product_dtype(few) == product_dtype(many), "updates must not be lost to rounding, even with few rows"
     with torch.no_grad():
         assert product_dtype(few) == torch.bfloat16
     assert product_dtype(many.float()) == torch.float32
     assert product_dtype(many.to("meta")) == torch.bfloat16
 
 
-@pytest.mark.parametrize("numbers", [64, 1000, 2**21])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_slices_of_any_size_give_the_whole_product(monkeypatch, numbers, dtype):
-    monkeypatch.setattr(products, "weight_slices", lambda weight: weight_slices(weight, numbers=numbers))
+@pytest.mark.parametrize(("elements", "dtype"), [(64, torch.bfloat16), (1000, torch.float16), (2**21, torch.bfloat16)])
+def test_slices_of_any_size_give_the_same_product(monkeypatch, elements, dtype):
+    monkeypatch.setattr(products, "weight_slices", lambda weight: weight_slices(weight, elements=elements))
     torch.manual_seed(0)
     weight, x, y = torch.randn(96, 64).to(dtype), torch.randn(5, 64), torch.randn(5, 96)
     assert relative_error(times_transposed(x, weight), x.double() @ weight.double().mT) < 1e-6
@@ -38,14 +33,23 @@ def test_slices_of_any_size_give_the_whole_product(monkeypatch, numbers, dtype):
 
 
 def test_slices_cover_the_rows_at_multiples():
-    slices = list(weight_slices(torch.empty(96, 64), multiple=16, numbers=2000))
+    slices = list(weight_slices(torch.empty(96, 64), multiple=16, elements=2000))
     assert [(s.start, s.stop) for s in slices] == [(0, 16), (16, 32), (32, 48), (48, 64), (64, 80), (80, 96)]
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [(), (7,), (2, 50)])
-def test_linear_and_its_gradients(amx, weight_dtype, x_dtype, rows):
+@pytest.mark.parametrize(
+    ("x_dtype", "weight_dtype", "amx", "rows"),
+    [
+        (torch.float32, torch.float32, False, (7,)),
+        (torch.float32, torch.bfloat16, True, (2, 50)),
+        (torch.bfloat16, torch.float32, False, ()),
+        (torch.bfloat16, torch.float32, True, (7,)),
+        (torch.bfloat16, torch.bfloat16, False, (2, 50)),
+        (torch.bfloat16, torch.bfloat16, True, ()),
+    ],
+)
+def test_linear_and_its_gradients(monkeypatch, x_dtype, weight_dtype, amx, rows):
+    monkeypatch.setattr(products, "_has_amx", lambda: amx)
     torch.manual_seed(0)
     x = torch.randn(*rows, 64).to(x_dtype).requires_grad_()
     weight = (torch.randn(96, 64) / 8).to(weight_dtype).requires_grad_()
@@ -63,8 +67,12 @@ def test_linear_and_its_gradients(amx, weight_dtype, x_dtype, rows):
     assert all(relative_error(a, b) < limit for a, b in pairs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_lora_and_its_gradients(amx, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "amx"),
+    [(torch.float64, False), (torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)],
+)
+def test_lora_and_its_gradients(monkeypatch, dtype, amx):
+    monkeypatch.setattr(products, "_has_amx", lambda: amx)
     torch.manual_seed(0)
     x, weight = torch.randn(4, 30, 64).to(dtype).requires_grad_(), (torch.randn(96, 64) / 8).to(dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -82,7 +90,7 @@ def test_lora_and_its_gradients(amx, dtype):
     assert all(relative_error(fast, slow) < limit for fast, slow in pairs)
 
 
-def test_lora_keeps_its_input_and_the_low_rank_product_only():
+def test_lora_saves_only_its_input_and_the_low_rank_product():
     saved = []
     x, weight = torch.randn(32, 64, requires_grad=True), torch.randn(96, 64)
     a, b = torch.randn(4, 64, requires_grad=True), torch.randn(96, 4, requires_grad=True)
@@ -91,9 +99,16 @@ def test_lora_keeps_its_input_and_the_low_rank_product_only():
     assert sorted(saved) == sorted([(32, 64), (4, 64), (96, 4), (32, 4)])
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_autocast_changes_nothing(amx, weight_dtype, x_dtype):
+@pytest.mark.parametrize(
+    ("x_dtype", "weight_dtype", "amx"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.float32, torch.bfloat16, False),
+        (torch.bfloat16, torch.bfloat16, False),
+    ],
+)
+def test_autocast_changes_nothing(monkeypatch, x_dtype, weight_dtype, amx):
+    monkeypatch.setattr(products, "_has_amx", lambda: amx)
     torch.manual_seed(0)
     x, weight = torch.randn(80, 64).to(x_dtype).requires_grad_(), torch.randn(96, 64).to(weight_dtype)
     a, b = torch.randn(4, 64, requires_grad=True), torch.randn(96, 4, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Rows of several texts: each operator that looks back, against the same texts in rows of their own."""
+"""Rows that hold several texts, compared with the same texts in separate rows, for each operator that looks back."""
 
 from functools import partial
 from itertools import pairwise
@@ -21,8 +21,8 @@ BACKENDS = ("native", "torch", "reference")
 MIXES = ("ddlerp", "shift_lerp")
 T = 300
 BEGINNINGS = ([0, 1, 2, 8, 29, 64, 77, 128, 129, 200, 255, 256, 257, 299], [15, 16, 17, 127, 250, 298, 299])
-"""Of texts in two rows: at the edges of every chunk and inside, texts of one token, the last position. The second row
-goes on with what was before."""
+"""First tokens of texts in two rows: at chunk boundaries, inside chunks, texts of one token, and the last position. The
+second row begins with the rest of an earlier text."""
 
 
 def make_starts() -> Tensor:
@@ -33,7 +33,7 @@ def make_starts() -> Tensor:
 
 
 def texts(row: int) -> list[slice]:
-    """Where the texts of a row lie, the carried one included."""
+    """Return the texts of a row, including the one that continues an earlier row."""
     edges = sorted({0, *BEGINNINGS[row], T})
     return [slice(*edge) for edge in pairwise(edges)]
 
@@ -42,7 +42,7 @@ def texts(row: int) -> list[slice]:
 
 
 def one_by_one(r, k, v, w, u, state) -> tuple[Tensor, Tensor]:
-    """Each text alone. The bonus of a text's last token is left out of y where another text follows."""
+    """Compute each text separately. If another text follows, the last token's y has no bonus."""
     ys, states = [], []
     for row, carried in enumerate(state.unbind()):
         parts, last = [], None
@@ -60,18 +60,24 @@ def one_by_one(r, k, v, w, u, state) -> tuple[Tensor, Tensor]:
 
 
 def masked_grads(inputs) -> tuple[Tensor, Tensor]:
-    """None at the last token of a text, whose target a loss leaves out."""
+    """Return gradients that are zero at the last token of each text, whose target is not in the loss."""
     grad_y, grad_state = make_output_grads(inputs)
     grad_y[:, :-1][make_starts()[:, 1:]] = 0
     return grad_y, grad_state
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("native", torch.float32),
+        ("native", torch.bfloat16),
+        ("torch", torch.float32),
+        ("torch", torch.float64),
+        ("reference", torch.float64),
+    ],
+)
 def test_wkv6_equals_each_text_alone(backend, dtype):
     """Outputs and all six gradients."""
-    if backend == "native" and dtype == torch.float64:
-        pytest.skip("the compiled op has no float64")
     inputs = make_inputs(B=2, T=T, H=2, N=16, dtype=dtype)
     if dtype == torch.float64:
         inputs = [x.double() for x in inputs]
@@ -82,8 +88,8 @@ def test_wkv6_equals_each_text_alone(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_wkv6_keeps_texts_apart_to_the_last_bit(backend):
-    """Other tokens in every other text, and another state before: the rest stays bitwise the same, backward too."""
+def test_wkv6_texts_are_bitwise_independent(backend):
+    """Changing every other text and the initial state changes no bit of the remaining texts, nor of their gradients."""
     run = partial(wkv6, starts=make_starts(), backend=backend)
     inputs, others = make_inputs(B=2, T=T, H=2, N=16), make_inputs(B=2, T=T, H=2, N=16, seed=5)
     grads, other_grads = make_output_grads(inputs), make_output_grads(inputs, seed=6)
@@ -103,7 +109,7 @@ def test_wkv6_keeps_texts_apart_to_the_last_bit(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_trains_the_place_of_a_reset(backend):
+def test_the_token_before_a_start_gets_no_gradient(backend):
     inputs = make_inputs(B=2, T=T, H=1, N=16)
     found = outputs_and_grads(partial(wkv6, starts=make_starts(), backend=backend), inputs, make_output_grads(inputs))
     places = torch.cat((make_starts()[:, 1:], torch.zeros(2, 1, dtype=torch.bool)), dim=1)
@@ -113,12 +119,11 @@ def test_nothing_trains_the_place_of_a_reset(backend):
     assert all(found[name].isfinite().all() for name in NAMES)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_gradient_passes_a_reset(backend, dtype):
-    """Exactly none, which also says that the decay there is 0 and not merely small."""
-    if backend == "native" and dtype == torch.float64:
-        pytest.skip("the compiled op has no float64")
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("native", torch.float32), ("torch", torch.float64), ("reference", torch.float32)]
+)
+def test_no_gradient_crosses_a_start(backend, dtype):
+    """It is exactly zero, so the decay is exactly zero too."""
     inputs = [x.to(dtype) for x in make_inputs(B=2, T=T, H=1, N=16)]
     start = BEGINNINGS[1][0]
     grad_y, grad_state = (x.to(dtype) for x in make_output_grads(inputs))
@@ -130,7 +135,7 @@ def test_no_gradient_passes_a_reset(backend, dtype):
     assert found["grad_state"][1].abs().max() == 0
 
 
-def test_wkv6_refuses_other_starts():
+def test_wkv6_rejects_starts_of_another_shape_or_dtype():
     inputs = make_inputs(B=2, T=5, H=1, N=16)
     for wrong in (torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 5)):
         with pytest.raises(ValueError, match=r"wkv6: starts must be bool \(2, 5\)"):
@@ -169,7 +174,7 @@ def with_gradients(function, inputs, trained=None) -> list[Tensor]:
 @pytest.mark.parametrize("name", MIXES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_mixes_equal_each_text_alone(name, dtype, compiled):
-    """The compiled form in fp32 and bf16, plain operations in float64."""
+    """The compiled form in fp32 and bf16, and plain operations in float64."""
     inputs = mix_inputs(name, 2, T, 50, dtype)
     exact = with_gradients(partial(mixes_one_by_one, name), [x.double() for x in inputs])
     found = with_gradients(lambda *tensors: getattr(mix, name)(*tensors, make_starts()), inputs)
@@ -179,8 +184,8 @@ def test_mixes_equal_each_text_alone(name, dtype, compiled):
 
 
 @pytest.mark.parametrize("name", MIXES)
-def test_mixes_keep_infinities_apart(name, compiled):
-    """A text of NaN, gradients too, leaves the outputs and gradients of the others alone."""
+def test_nan_stays_in_its_text(name, compiled):
+    """NaN in one text, also in its gradients, does not change the outputs and gradients of the other texts."""
     inputs = mix_inputs(name, 2, T, 50)
     x = inputs[0]
     x[0, 29:64], inputs[1][0] = float("nan"), float("nan")
@@ -196,8 +201,7 @@ def test_mixes_keep_infinities_apart(name, compiled):
     assert leaves[1].grad[1].abs().max() > 0
 
 
-@pytest.mark.parametrize("name", MIXES)
-@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize(("name", "trained"), [("ddlerp", True), ("shift_lerp", False)])
 def test_opcheck_with_starts(name, trained, compiled):
     starts = torch.tensor([[0, 0, 1, 1, 0], [1, 0, 0, 0, 1]], dtype=torch.bool)
     inputs = [x.requires_grad_(trained or i == 0) for i, x in enumerate(mix_inputs(name, 2, 5, 48))]
@@ -213,8 +217,8 @@ def test_opcheck_with_starts(name, trained, compiled):
 
 
 @pytest.mark.parametrize("name", MIXES)
-def test_mixes_refuse_other_starts(name, compiled):
+def test_mixes_reject_starts_of_another_shape_or_dtype(name, compiled):
     inputs = mix_inputs(name, 2, 5, 48)
     for wrong in (torch.zeros(2, 4, dtype=torch.bool), torch.zeros(2, 5)):
-        with pytest.raises(RuntimeError, match="starts must be a bool of shape"):
+        with pytest.raises(RuntimeError, match="starts must be bool of shape"):
             getattr(mix, name)(*inputs, wrong)

@@ -1,4 +1,4 @@
-"""What the methods' papers define, written out in full and without the package's own code, and layers to compare."""
+"""The definitions of the methods, written out without the package's own code, and layers to compare with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.peft.base import PeftLinear
-from rwkv_peft.peft.registry import method_config, method_of
+from rwkv_peft.peft.registry import method_config, method_named
 from tests.peft.cases import CASES
 
 SHAPES = [(96, 64), (64, 224), (64, 64)]
@@ -21,13 +21,26 @@ def name_of(case: tuple[str, dict]) -> str:
     return "-".join([case[0], *(f"{key}{value}" for key, value in case[1].items() if key not in ("r", "alpha"))])
 
 
-NAMES = [name_of(case) for case in CASES]
-MERGEABLE = [case for case in CASES if case[0] != "adapter"]
-MERGEABLE_NAMES = [name_of(case) for case in MERGEABLE]
+def is_mergeable(case: tuple[str, dict]) -> bool:
+    return method_named(case[0]).config.mergeable
+
+
+def goes_onto_embeddings(case: tuple[str, dict]) -> bool:
+    method, options = case
+    return method_named(method).layer.supports_embedding(method_config(method, options))
+
+
+MERGEABLE = [case for case in CASES if is_mergeable(case)]
 
 
 def bone_delta(weight: Tensor, bone: Tensor, mode: str) -> Tensor:
-    """Block by block; a counts blocks of output rows, b of input columns."""
+    """dW (O, I) of arXiv 2409.15371v1 with two loops; a counts blocks of output rows, b blocks of input columns.
+
+    Args:
+        weight: W (O, I).
+        bone: row, hadamard (I/r, r, r); col, left (O/r, r, r); group (g, r, r); unconstrained (2, I/r, r, r).
+        mode: the mode of `BoneConfig`.
+    """
     r = bone.shape[-1]
     count = weight.shape[1] // r
     rows = []
@@ -48,41 +61,78 @@ def bone_delta(weight: Tensor, bone: Tensor, mode: str) -> Tensor:
     return torch.cat(rows, 0)
 
 
-def scaling_of(method: str, options: dict) -> float:
-    if method in ("pissa", "olora"):
-        return 1.0
-    root = method == "lora_ga" or options.get("rslora")
-    return options["alpha"] / (math.sqrt(options["r"]) if root else options["r"])
+Tensors = dict[str, Tensor]
 
 
-def matrix(method: str, options: dict, weight: Tensor, p: dict[str, Tensor], start: dict[str, Tensor]) -> Tensor:
-    """The one matrix of a method, from the base's original weight, what trains, and what training began with."""
-    if method == "bone":
-        return weight + bone_delta(weight, p["bone"], options.get("mode", "row"))
-    if method == "miss":
-        return weight + torch.cat([p["miss"].T] * (weight.shape[1] // options["r"]), 1)
-    s = scaling_of(method, options)
-    update = s * (p["lora_B"] @ p["lora_A"])
-    if method == "lora":
-        return weight + update
-    if method == "dora":
-        direction = weight + update
-        lengths = (direction.detach() ** 2).sum(1, keepdim=True).sqrt()
-        return p["lora_magnitude"][:, None] * direction / lengths
-    return weight - s * (start["lora_B"] @ start["lora_A"]) + update
+def bone_matrix(options: dict, weight: Tensor, p: Tensors, start: Tensors) -> Tensor:
+    return weight + bone_delta(weight, p["bone"], options.get("mode", "row"))
 
 
-def output(
-    method: str, options: dict, x: Tensor, weight: Tensor, bias: Tensor | None, p: dict[str, Tensor], start: dict
-) -> Tensor:
-    """(..., I) -> (..., O) by the definition."""
-    if method != "adapter":
-        y = x @ matrix(method, options, weight, p, start).T
-        return y if bias is None else y + bias
-    h = F.linear(x, weight, bias)
+def miss_matrix(options: dict, weight: Tensor, p: Tensors, start: Tensors) -> Tensor:
+    return weight + torch.cat([p["miss"].T] * (weight.shape[1] // options["r"]), 1)
+
+
+def lora_update(options: dict, p: Tensors) -> Tensor:
+    r = options["r"]
+    return options["alpha"] / (math.sqrt(r) if options.get("rslora") else r) * (p["lora_B"] @ p["lora_A"])
+
+
+def lora_matrix(options: dict, weight: Tensor, p: Tensors, start: Tensors) -> Tensor:
+    return weight + lora_update(options, p)
+
+
+def dora_matrix(options: dict, weight: Tensor, p: Tensors, start: Tensors) -> Tensor:
+    direction = weight + lora_update(options, p)
+    lengths = (direction.detach() ** 2).sum(1, keepdim=True).sqrt()
+    return p["lora_magnitude"][:, None] * direction / lengths
+
+
+def residual_matrix(options: dict, weight: Tensor, p: Tensors, start: Tensors) -> Tensor:
+    """W - B0 A0 + B A, as PiSSA and OLoRA start from the weight's own factors."""
+    return weight - start["lora_B"] @ start["lora_A"] + p["lora_B"] @ p["lora_A"]
+
+
+def lora_ga_matrix(options: dict, weight: Tensor, p: Tensors, start: Tensors) -> Tensor:
+    options = {"rslora": True} | options
+    return weight - lora_update(options, start) + lora_update(options, p)
+
+
+MATRICES = {
+    "bone": bone_matrix,
+    "miss": miss_matrix,
+    "lora": lora_matrix,
+    "dora": dora_matrix,
+    "pissa": residual_matrix,
+    "olora": residual_matrix,
+    "lora_ga": lora_ga_matrix,
+}
+"""The one matrix (O, I) of each method, from its options, the base's original weight, the trained parameters, and the
+values that these began with."""
+
+
+def adapter_output(options: dict, h: Tensor, p: Tensors) -> Tensor:
+    """(..., O) -> (..., O): the small network on the layer's output h, with gelu written out."""
     inner = F.linear(h, p["adapter_down"], p["adapter_down_bias"])
     inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
     return h + F.linear(inner, p["adapter_up"], p["adapter_up_bias"])
+
+
+OUTPUTS = {"adapter": adapter_output}
+"""For methods that are no matrix: the output, from the options, the base layer's output and the trained parameters."""
+
+
+def matrix(method: str, options: dict, weight: Tensor, p: Tensors, start: Tensors) -> Tensor:
+    """The one matrix (O, I) that a method computes with, by its definition."""
+    return MATRICES[method](options, weight, p, start)
+
+
+def output(
+    method: str, options: dict, x: Tensor, weight: Tensor, bias: Tensor | None, p: Tensors, start: Tensors
+) -> Tensor:
+    """(..., I) -> (..., O) by the definition."""
+    if method in OUTPUTS:
+        return OUTPUTS[method](options, F.linear(x, weight, bias), p)
+    return F.linear(x, matrix(method, options, weight, p, start), bias)
 
 
 def trained_of(layer: PeftLinear) -> dict[str, Tensor]:
@@ -102,10 +152,10 @@ def make_layer(
     method: str, options: dict, base: nn.Linear | nn.Embedding, dtype: torch.dtype | None = None
 ) -> PeftLinear:
     """A layer as `inject` makes it, of any dtype; its weight is a copy, so that base keeps the original."""
-    layer = method_of(method).layer(base, method_config(method, options), dtype or base.weight.dtype)
+    layer = method_named(method).layer(base, method_config(method, options), dtype or base.weight.dtype)
     layer.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
     torch.manual_seed(2)
-    layer.initialise(gradient_like(base.weight))
+    layer.initialize(gradient_like(base.weight))
     layer.derive_base()
     return layer
 
@@ -124,7 +174,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def train_a_little(module: nn.Module, std: float = 0.1, seed: int = 1) -> None:
-    """Move everything that trains by something random."""
+    """Add noise to every trainable parameter."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         if parameter.requires_grad:
@@ -132,7 +182,7 @@ def train_a_little(module: nn.Module, std: float = 0.1, seed: int = 1) -> None:
 
 
 def loss_and_gradients(model: RWKV6, ids: Tensor, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """The training loss of a batch, and the gradients of what trains, by name."""
+    """Return the training loss of a batch, and the gradients of the trainable parameters by name."""
     hidden, _ = model.hidden(ids[:, :-1])
     mask = torch.ones_like(ids[:, 1:], dtype=torch.bool) if mask is None else mask
     loss = model.loss(hidden, ids[:, 1:], mask)

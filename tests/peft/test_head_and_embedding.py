@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import nn
 
-from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.ops import cross_entropy
-from rwkv_peft.ops.wkv6.reference import masked_cross_entropy
+from rwkv_peft.ops.cross_entropy import masked_cross_entropy
 from rwkv_peft.peft.injection import inject, peft_layers
-from tests.helpers import TINY, lively_model, relative_error
+from rwkv_peft.peft.registry import method_config
+from tests.helpers import TINY, lively_model, peft_section, relative_error
 from tests.peft import definitions
 from tests.peft.cases import CASES
 from tests.peft.definitions import (
-    NAMES,
     copies,
+    goes_onto_embeddings,
     gradients_of,
     make_layer,
     make_linear,
@@ -32,10 +32,11 @@ def on_20_blocks(method: str, options: dict) -> dict:
     return options | {"g": options["g"] + options["g"] // 4} if "g" in options else options
 
 
-@pytest.mark.parametrize(("method", "options"), CASES, ids=NAMES)
-@pytest.mark.parametrize("rows", [5, 7, 1000])
+@pytest.mark.parametrize(
+    ("method", "options", "rows"), [*((*case, 7) for case in CASES), *((*CASES[0], rows) for rows in (5, 1000))]
+)
 def test_loss_through_a_head_with_an_adapter(method, options, rows, monkeypatch):
-    """Value and gradients against the loss of all logits of the materialised head; rows without training left out."""
+    """Value and gradients against the loss of all logits of the materialized head; rows without training left out."""
     monkeypatch.setattr(cross_entropy, "HEAD_ROWS", rows)
     options = on_20_blocks(method, options)
     base = make_linear((80, 64))
@@ -61,7 +62,7 @@ def test_loss_through_a_head_with_an_adapter(method, options, rows, monkeypatch)
 
 def test_loss_of_nothing_through_a_head_with_an_adapter():
     model = lively_model()
-    inject(model, PeftConfig(peft="lora", peft_config={"r": 4}, peft_targets=("head",)))
+    inject(model, method_config("lora", {"r": 4}), ("head",))
     hidden = torch.randn(2, 3, 64, requires_grad=True)
     loss = model.loss(hidden, torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.bool))
     loss.backward()
@@ -82,28 +83,25 @@ def test_loss_of_bf16_through_a_head_with_an_adapter():
     assert float(model.loss(hidden, targets, mask).detach()) == pytest.approx(float(exact), rel=1e-2)
 
 
-LOOKED_UP = [
-    case for case in CASES if case[0] != "adapter" and (case[0] != "bone" or case[1]["mode"] in ("row", "col"))
-]
+LOOKED_UP = [case for case in CASES if goes_onto_embeddings(case)]
 MULTIPLIED = [case for case in CASES if case not in LOOKED_UP]
 
 
 @pytest.mark.parametrize(("method", "options"), LOOKED_UP, ids=[name_of(case) for case in LOOKED_UP])
-@pytest.mark.parametrize("trained", [False, True])
-def test_embedding_with_an_adapter_equals_the_definition(method, options, trained):
-    """The rows of the materialised matrix, and their gradients; the base's own rows at init."""
+def test_embedding_with_an_adapter_equals_the_definition(method, options):
+    """The rows of the materialized matrix, and their gradients; the base's own rows at init."""
     torch.manual_seed(0)
     base = nn.Embedding(80, 64, dtype=torch.float64)
     layer = make_layer(method, options, base)
     start = copies(trained_of(layer))
-    if trained:
-        train_a_little(layer)
     ids = torch.tensor([[0, 79, 17, 17], [5, 16, 31, 2]])
+    assert relative_error(layer(ids), base(ids)) < 1e-12
+    train_a_little(layer)
     p = trained_of(layer)
     rows = layer(ids)
     exact = definitions.matrix(method, options, base.weight.detach(), p, start)
     assert relative_error(rows, exact[ids]) < 1e-12
-    assert (relative_error(rows, base(ids)) > 1e-2) == trained
+    assert relative_error(rows, base(ids)) > 1e-2
     grad = torch.randn(2, 4, 64, dtype=torch.float64)
     pairs = zip(
         torch.autograd.grad(rows, list(p.values()), grad),
@@ -112,15 +110,17 @@ def test_embedding_with_an_adapter_equals_the_definition(method, options, traine
     )
     for name, (a, b) in zip(p, pairs, strict=True):
         assert relative_error(a, b) < 1e-12, name
-        assert b.norm() > 0 or not trained
+        assert b.norm() > 0
 
 
 @pytest.mark.parametrize(("method", "options"), MULTIPLIED, ids=[name_of(case) for case in MULTIPLIED])
 def test_methods_that_cannot_go_onto_an_embedding_say_so(method, options):
     model = lively_model()
-    peft = PeftConfig(peft=method, peft_config=on_20_blocks(method, options), peft_targets=("head", "emb"))
-    with pytest.raises(ConfigError, match=r"--peft_targets emb: is an embedding, which this method .* cannot go onto"):
-        inject(model, peft)
+    peft = peft_section(method, on_20_blocks(method, options), peft_targets=("head", "emb"))
+    with pytest.raises(
+        ConfigError, match=r"--peft_targets emb: is an embedding, which this method or mode does not support"
+    ):
+        inject(model, peft.method, peft.peft_targets)
     assert peft_layers(model) == {}
 
 
@@ -128,8 +128,8 @@ def test_methods_that_cannot_go_onto_an_embedding_say_so(method, options):
 def test_the_whole_model_with_embedding_and_head(method, options):
     """Equals a plain model that has the effective matrices."""
     model, plain = lively_model(), lively_model()
-    peft = PeftConfig(peft=method, peft_config=options, peft_targets=("emb", "head", "ffn"))
-    assert "emb" in inject(model, peft, gradients=gradients_of(model))
+    peft = peft_section(method, options, peft_targets=("emb", "head", "ffn"))
+    assert "emb" in inject(model, peft.method, peft.peft_targets, gradients=gradients_of(model))
     train_a_little(model, 0.05)
     with torch.no_grad():
         for name, layer in peft_layers(model).items():
@@ -146,5 +146,5 @@ def test_a_foreign_embedding_keeps_its_dtype(dtype):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(TINY.vocab_size, 64), nn.Linear(64, 32)).to(dtype)
     before = model(tokens())
-    inject(model, PeftConfig(peft="bone", peft_config={"r": 16}, peft_targets=("0",)))
+    inject(model, method_config("bone", {"r": 16}), ("0",))
     assert torch.equal(model(tokens()), before)

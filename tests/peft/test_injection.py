@@ -6,18 +6,20 @@ import pytest
 import torch
 
 from rwkv_peft.adapted_model import add_adapter
-from rwkv_peft.config.sections import PeftConfig
+from rwkv_peft.config.method import FullConfig
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.model.init import model_on_meta
 from rwkv_peft.peft.adapter_file import FORMAT_VERSION, read_adapter
 from rwkv_peft.peft.injection import inject, mark_trainable, peft_layers, targeted
-from tests.helpers import TINY, lively_model
+from rwkv_peft.peft.methods.bone import BoneConfig
+from rwkv_peft.peft.registry import method_config
+from tests.helpers import TINY, lively_model, peft_section
 
 
 def test_default_targets_are_the_linears_of_time_mix_and_channel_mix():
     model = model_on_meta(TINY)
     base_keys = set(model.state_dict())
-    targets = add_adapter(model, PeftConfig(peft="bone", peft_config={"r": 16}))
+    targets = add_adapter(model, peft_section("bone", {"r": 16}))
     linears = ["att.receptance", "att.key", "att.value", "att.output", "att.gate"]
     linears += ["ffn.key", "ffn.receptance", "ffn.value"]
     assert targets == [f"blocks.{layer}.{name}" for layer in range(TINY.n_layer) for name in linears]
@@ -29,18 +31,18 @@ def test_default_targets_are_the_linears_of_time_mix_and_channel_mix():
 
 def test_train_parts_match_whole_segments():
     model = model_on_meta(TINY)
-    trained = mark_trainable(model, "none", ["time", "ln"])
+    trained = mark_trainable(model, FullConfig(), ["time", "ln"])
     last = {name.split(".")[-1] for name in trained if ".time_" in name}
     assert all(".time_" in name or "ln" in name.split(".")[-2] for name in trained)
     assert {"time_decay", "time_maa_w1", "time_faaaa", "time_maa_r"} <= last
     assert {"ln_out.weight", "blocks.0.ln0.bias", "blocks.1.att.ln_x.weight"} <= set(trained)
-    assert mark_trainable(model, "none", ["emb"]) == ["emb.weight"]
-    assert len(mark_trainable(model, "none", ["time_maa_?1"])) == TINY.n_layer
+    assert mark_trainable(model, FullConfig(), ["emb"]) == ["emb.weight"]
+    assert len(mark_trainable(model, FullConfig(), ["time_maa_?1"])) == TINY.n_layer
 
 
 def test_none_trains_everything():
     model = model_on_meta(TINY)
-    assert len(mark_trainable(model, "none")) == len(list(model.parameters()))
+    assert len(mark_trainable(model, FullConfig())) == len(list(model.parameters()))
 
 
 def linears(*names: str) -> list[str]:
@@ -71,16 +73,16 @@ FFN = ("ffn.key", "ffn.receptance", "ffn.value")
 def test_targets(targets, chosen):
     """In the model's order, each once; an embedding only by its name."""
     model = model_on_meta(TINY)
-    peft = PeftConfig(peft="bone", peft_config={"r": 16}, peft_targets=targets)
-    assert targeted(model, peft) == chosen
-    assert inject(model, peft) == chosen
+    peft = peft_section("bone", {"r": 16}, peft_targets=targets)
+    assert targeted(model, peft.method, peft.peft_targets) == chosen
+    assert inject(model, peft.method, peft.peft_targets) == chosen
     assert list(peft_layers(model)) == chosen
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {f"{name}.bone" for name in chosen}
 
 
 def test_adapter_layers_sit_before_the_residual_stream():
     model = model_on_meta(TINY)
-    assert inject(model, PeftConfig(peft="adapter", peft_config={"r": 8})) == linears("att.output", "ffn.value")
+    assert inject(model, method_config("adapter", {"r": 8})) == linears("att.output", "ffn.value")
 
 
 @pytest.mark.parametrize(
@@ -88,11 +90,11 @@ def test_adapter_layers_sit_before_the_residual_stream():
     [
         (
             ("blocks.0.att.kei",),
-            r"peft_targets blocks.0.att.kei: matches no linear layer. Near names: blocks.0.att.key",
+            r"peft_targets blocks.0.att.kei: matches no linear layer. Similar names: blocks.0.att.key",
         ),
-        (("key", "heed"), "peft_targets heed: matches no linear layer. Near names: head"),
-        (("att.*.key",), r"peft_targets att.\*.key: matches no linear layer. Near names: blocks"),
-        (("em?",), r"peft_targets em\?: matches no linear layer. Near names: emb"),
+        (("key", "heed"), "peft_targets heed: matches no linear layer. Similar names: head"),
+        (("att.*.key",), r"peft_targets att.\*.key: matches no linear layer. Similar names: blocks"),
+        (("em?",), r"peft_targets em\?: matches no linear layer. Similar names: emb"),
         (("ln_out",), "peft_targets ln_out: matches no linear layer"),
         (("tt.key",), "peft_targets tt.key: matches no linear layer"),
     ],
@@ -101,16 +103,16 @@ def test_targets_that_match_nothing(targets, message):
     """Before anything is replaced."""
     model = model_on_meta(TINY)
     with pytest.raises(ConfigError, match=message):
-        inject(model, PeftConfig(peft="bone", peft_config={"r": 16}, peft_targets=targets))
+        inject(model, method_config("bone", {"r": 16}), targets)
     assert peft_layers(model) == {}
 
 
 def test_ranks_by_pattern():
-    """The last match counts; a matched layer that is no target stays as it is."""
+    """The last matching pattern counts. A matched layer that is not a target does not change."""
     model = lively_model()
     patterns = {"key": 8, "blocks.1.att.key": 2, "head": 3}
     options = {"r": 4, "alpha": 8.0, "rank_pattern": patterns}
-    inject(model, PeftConfig(peft="lora", peft_config=options, peft_targets=("att", "ffn.key")))
+    inject(model, method_config("lora", options), ("att", "ffn.key"))
     ranks = {name: layer.lora_A.shape[0] for name, layer in peft_layers(model).items()}
     expected = dict.fromkeys([*linears(*ATT, "ffn.key")], 4)
     expected |= dict.fromkeys(linears("att.key", "ffn.key"), 8) | {"blocks.1.att.key": 2}
@@ -123,25 +125,25 @@ def test_ranks_by_pattern():
 def test_block_sizes_by_pattern():
     model = model_on_meta(TINY)
     options = {"r": 16, "mode": "col", "rank_pattern": {"ffn.value": 32}}
-    inject(model, PeftConfig(peft="bone", peft_config=options))
+    inject(model, method_config("bone", options))
     assert model.blocks[0].ffn.value.bone.shape == (2, 32, 32)
     assert model.blocks[0].att.key.bone.shape == (4, 16, 16)
 
 
 def test_a_rank_pattern_that_matches_nothing():
-    peft = PeftConfig(peft="miss", peft_config={"r": 16, "rank_pattern": {"kei": 8}})
-    with pytest.raises(ConfigError, match=r"--miss_config rank_pattern kei: matches no linear layer. Near names: "):
-        inject(model_on_meta(TINY), peft)
+    peft = peft_section("miss", {"r": 16, "rank_pattern": {"kei": 8}})
+    with pytest.raises(ConfigError, match=r"--miss_config rank_pattern kei: matches no linear layer. Similar names: "):
+        inject(model_on_meta(TINY), peft.method, peft.peft_targets)
 
 
 def test_parts_that_name_nothing_are_errors():
-    with pytest.raises(ConfigError, match=r"--train_parts tim: names no parameter.*time_decay"):
-        mark_trainable(model_on_meta(TINY), "bone", ["tim"])
+    with pytest.raises(ConfigError, match=r"--train_parts tim: matches no parameter.*time_decay"):
+        mark_trainable(model_on_meta(TINY), BoneConfig(), ["tim"])
 
 
 def test_trained_base_parameters_become_fp32():
     model = model_on_meta(TINY).bfloat16()
-    mark_trainable(model, "none", ["ln"])
+    mark_trainable(model, FullConfig(), ["ln"])
     assert model.ln_out.weight.dtype == torch.float32
     assert model.head.weight.dtype == torch.bfloat16
 

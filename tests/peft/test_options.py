@@ -1,92 +1,94 @@
-"""Options of the methods: what is refused and how, and other programs' spellings."""
+"""Options of the methods: errors, and the spellings of other programs."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
+import typing
+from collections.abc import Mapping
+from typing import Literal
 
 import pytest
 import torch
 
 from rwkv_peft.adapted_model import add_adapter, warm_start
 from rwkv_peft.base_model import save_base
-from rwkv_peft.config.sections import PeftConfig
+from rwkv_peft.config.field_types import field_types
+from rwkv_peft.config.method import METHODS
+from rwkv_peft.config.spellings import canonical
 from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.peft.base import LayerConfig
 from rwkv_peft.peft.injection import inject, peft_layers
-from rwkv_peft.peft.registry import METHODS, canonical, method_config
-from tests.helpers import lively_model
+from rwkv_peft.peft.registry import method_config, method_named
+from tests.helpers import lively_model, peft_section
 from tests.peft.definitions import gradients_of
 
-WITH_OPTIONS = [name for name, method in METHODS.items() if fields(method.config)]
-WITH_LAYERS = [name for name, method in METHODS.items() if method.layer]
-
 WRONG = {
-    int: ["64", 2.5, True, None, [4]],
-    float: ["1.0", True, None, [1.0]],
+    int: ["64", 2.5, True, None],
+    float: ["1.0", True, None],
     bool: [2, 0.5, "true", None],
     str: [5, None, True, ["row"]],
-    dict: ["key", 4, None, [["key", 4]]],
+    Mapping: ["key", 4, None, [["key", 4]], {"key": "4"}],
+    Literal: ["rows", 5, None, True],
 }
 
 
-def options_of_wrong_type():
+def test_a_value_of_the_wrong_type_is_refused_for_every_option():
     for method in METHODS:
-        for spec in fields(METHODS[method].config):
-            default = spec.default_factory() if spec.default is MISSING else spec.default
-            for value in WRONG[type(default)]:
-                yield pytest.param(method, spec.name, value, id=f"{method}-{spec.name}-{value!r}")
-
-
-@pytest.mark.parametrize(("method", "key", "value"), list(options_of_wrong_type()))
-def test_a_value_of_the_wrong_type(method, key, value):
-    with pytest.raises(ConfigError, match=rf"--{method}_config {key}: bad value; found .*, expected a value like"):
-        method_config(method, {key: value})
+        for key, kind in field_types(method_named(method).config).items():
+            for value in WRONG[typing.get_origin(kind) or kind]:
+                with pytest.raises(ConfigError, match=rf"--{method}_config {key}: invalid value; found .*, expected "):
+                    method_config(method, {key: value})
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_unknown_key_names_what_there_is(method):
-    with pytest.raises(ConfigError, match=rf"--{method}_config zzz: unknown key; expected (\w+, |no options)"):
+def test_an_unknown_option_names_the_nearest(method):
+    with pytest.raises(ConfigError, match=rf"--{method}_config zzz: unknown option; expected (\w+[,.]|no options)"):
         method_config(method, {"zzz": 8})
-
-
-@pytest.mark.parametrize("method", WITH_OPTIONS)
-def test_an_unknown_key_names_the_nearest(method):
-    key = fields(METHODS[method].config)[0].name
-    with pytest.raises(ConfigError, match=rf"--{method}_config {key}s: unknown key.*Did you mean {key}\?"):
-        method_config(method, {f"{key}s": 8})
+    for key in field_types(method_named(method).config):
+        with pytest.raises(ConfigError, match=rf"--{method}_config {key}s: unknown option.*Did you mean {key}\?"):
+            method_config(method, {f"{key}s": 8})
 
 
 NAN, INFINITE = float("nan"), float("inf")  # both are numbers to Python's JSON
 
-OUT_OF_RANGE = [
-    *((method, {"r": r}) for method in WITH_LAYERS for r in (0, -1)),
-    *((method, {"rank_pattern": {"key": r}}) for method in WITH_LAYERS for r in (0, "4", 2.5, True)),
-    *(("lora", {"dropout": value}) for value in (-0.1, 1.0, NAN)),
-    *(("dora", {"lr_ratio": value}) for value in (0.0, -1.0, INFINITE, NAN)),
-    *((method, {"alpha": value}) for method in ("lora", "dora", "lora_ga") for value in (0, -1.0, INFINITE, NAN)),
-    ("pissa", {"svd_niter": -1}),
-    *(("lora_ga", {"gamma": value}) for value in (0.0, NAN)),
-    ("lora_ga", {"samples": 0}),
-    ("prompt", {"tokens": 0}),
-    ("lisa", {"layers": 0}),
-    ("lisa", {"interval": 0}),
-    ("bone", {"mode": "rows"}),
-    ("bone", {"g": -1, "mode": "group"}),
-    ("bone", {"g": 0, "mode": "group"}),
-    ("bone", {"g": 4}),
-    ("bone", {"rounding": "stochastic", "mode": "group", "g": 4}),
-    ("bone", {"rounding": "up"}),
-    ("bone", {"impl": "slow"}),
-    ("bone", {"cp": 2}),
-]
-"""The first option of each is at fault."""
+WITH_RANK = [name for name in METHODS if issubclass(method_named(name).config, LayerConfig)]
+
+OUT_OF_RANGE = {
+    "lora": [
+        *({"dropout": value} for value in (-0.1, 1.0, NAN)),
+        *({"lr_ratio": value} for value in (0.0, -1.0, INFINITE, NAN)),
+        *({"alpha": value} for value in (0, -1.0, INFINITE, NAN)),
+        *({"rank_pattern": {"key": r}} for r in (0, "4", 2.5, True)),
+    ],
+    "pissa": [{"svd_niter": -1}],
+    "lora_ga": [{"gamma": 0.0}, {"gamma": NAN}, {"samples": 0}],
+    "prompt": [{"tokens": 0}],
+    "lisa": [{"layers": 0}, {"interval": 0}],
+    "bone": [
+        {"mode": "rows"},
+        {"g": -1, "mode": "group"},
+        {"g": 0, "mode": "group"},
+        {"g": 4},
+        {"rounding": "stochastic", "mode": "group", "g": 4},
+        {"rounding": "up"},
+        {"impl": "slow"},
+        {"cp": 2},
+    ],
+}
+"""The first option of each is wrong."""
 
 
-@pytest.mark.parametrize(("method", "options"), OUT_OF_RANGE)
-def test_a_value_out_of_range(method, options):
-    with pytest.raises(
-        ConfigError, match=rf"--{method}_config {next(iter(options))}.*: bad value; found .*, expected "
-    ):
-        method_config(method, options)
+@pytest.mark.parametrize("method", OUT_OF_RANGE)
+def test_a_value_out_of_range(method):
+    for options in OUT_OF_RANGE[method]:
+        key = next(iter(options))
+        with pytest.raises(ConfigError, match=rf"--{method}_config {key}.*: invalid value; found .*, expected "):
+            method_config(method, options)
+
+
+@pytest.mark.parametrize("method", WITH_RANK)
+def test_an_r_below_1(method):
+    with pytest.raises(ConfigError, match=f"--{method}_config r: invalid value; found 0, expected a positive integer"):
+        method_config(method, {"r": 0})
 
 
 BIG = {"rank_pattern": {"blocks.1.ffn.value": 48}}
@@ -101,7 +103,7 @@ BIG = {"rank_pattern": {"blocks.1.ffn.value": 48}}
         ("bone", {"r": 16, "mode": "group", "g": 12}, "g=12: does not divide the 16 blocks of blocks.0.att.receptance"),
         ("bone", {"r": 16, "mode": "group", "g": 32}, "g=32: does not divide the 16 blocks of blocks.0.att.receptance"),
         ("miss", {"r": 16} | BIG, "r=48: does not fit blocks.1.ffn.value.weight .64 x 128.: 48 does not divide 128. "
-         "These do: 8, 16, 32, 64, 128"),
+         "These r divide it: 8, 16, 32, 64, 128"),
         ("pissa", {"r": 65}, "r=65: is too large for blocks.0.att.receptance.weight .64 x 64.; expected at most 64"),
         ("olora", {"r": 4, "rank_pattern": {"blocks.1.ffn.value": 65}}, "r=65: is too large for blocks.1.ffn.value"),
         ("lora_ga", {"r": 33}, "r=33: is too large for blocks.0.att.receptance.weight .64 x 64.; expected at most 32"),
@@ -111,7 +113,7 @@ def test_an_r_that_does_not_fit_injects_nothing(method, options, message):
     model = lively_model()
     names = [name for name, _ in model.named_parameters()]
     with pytest.raises(ConfigError, match=f"--{method}_config {message}"):
-        inject(model, PeftConfig(peft=method, peft_config=options), gradients=gradients_of(model))
+        inject(model, method_config(method, options), gradients=gradients_of(model))
     assert peft_layers(model) == {}
     assert [name for name, p in model.named_parameters() if p.requires_grad] == names
 
@@ -119,7 +121,7 @@ def test_an_r_that_does_not_fit_injects_nothing(method, options, message):
 @pytest.mark.parametrize(("method", "r"), [("pissa", 64), ("olora", 64), ("lora_ga", 32), ("lora", 100), ("miss", 64)])
 def test_the_largest_r_fits(method, r):
     model = lively_model()
-    add_adapter(model, PeftConfig(peft=method, peft_config={"r": r}), gradients=gradients_of(model))
+    add_adapter(model, peft_section(method, {"r": r}), gradients=gradients_of(model))
     assert model(torch.zeros(1, 3, dtype=torch.long))[0].isfinite().all()
 
 
@@ -128,8 +130,8 @@ def test_lora_ga_wants_gradients_of_all_targets_or_injects_nothing():
     gradients = gradients_of(model)
     del gradients["blocks.1.ffn.value"]
     for given in (None, gradients):
-        with pytest.raises(ValueError, match="lora_ga starts from the weights' gradients"):
-            inject(model, PeftConfig(peft="lora_ga", peft_config={"r": 4}), gradients=given)
+        with pytest.raises(ValueError, match="lora_ga starts from gradients of the weights"):
+            inject(model, method_config("lora_ga", {"r": 4}), gradients=given)
         assert peft_layers(model) == {}
         assert all(p.requires_grad for p in model.parameters())
 
@@ -164,23 +166,27 @@ def test_spellings(spelled, meant):
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("bone", {"r": 8, "bone_r": 16}, "says one thing twice"),
-        ("bone", {"mode": "row", "init_weights": "bat"}, "init_weights: bad value; found bat, expected bat, or mode"),
-        ("bone", {"init_weights": True}, "init_weights: bad value; found True"),
+        ("bone", {"r": 8, "bone_r": 16}, "an option is given twice"),
+        (
+            "bone",
+            {"mode": "row", "init_weights": "bat"},
+            "init_weights: invalid value; found bat, expected bat, or mode",
+        ),
+        ("bone", {"init_weights": True}, "init_weights: invalid value; found True"),
         ("bone", {"mode": "bat"}, "Hugging Face's bat is col; RWKV-PEFT's bone_mode bat is row"),
-        ("disha", {"mode": "rows"}, "mode: bad value; found rows"),
+        ("disha", {"mode": "rows"}, "mode: invalid value; found 'rows'"),
         ("bonn", {}, r"--peft: unknown method; found bonn, .*Did you mean bone\?"),
     ],
 )
 def test_spellings_that_contradict_themselves(method, options, message):
     with pytest.raises(ConfigError, match=message):
-        method_config(*canonical(method, options))
+        method_config(method, options)
 
 
 @pytest.mark.parametrize("suffix", ["bone", "disha"])
 @pytest.mark.parametrize(("method", "shape"), [("bone", (4, 16, 16)), ("miss", (16, 64))])
-def test_a_pth_of_rwkv_peft_is_told_apart_by_its_axes(suffix, method, shape, tmp_path):
-    """Under either suffix: three axes are Bone row, two are MiSS; each only loads as what it is."""
+def test_a_pth_of_rwkv_peft_is_recognized_by_its_axes(suffix, method, shape, tmp_path):
+    """Under either suffix, three axes are Bone row and two are MiSS; loading as the other method is an error."""
     torch.manual_seed(0)
     tensors = {f"blocks.{n}.att.key.{suffix}": torch.randn(shape) for n in range(2)}
     save_base(tensors, tmp_path / "theirs.pth")
@@ -188,8 +194,8 @@ def test_a_pth_of_rwkv_peft_is_told_apart_by_its_axes(suffix, method, shape, tmp
     def load(method: str):
         model = lively_model()
         options = {"r": 16, "load": str(tmp_path / "theirs.pth")}
-        peft = PeftConfig(peft=method, peft_config=options, peft_targets=("att.key",))
-        add_adapter(model, peft, start=warm_start(peft, {}, "base.pth"))
+        peft = peft_section(method, options, peft_targets=("att.key",))
+        add_adapter(model, peft, start=warm_start(peft.method, {}, "base.pth"))
         return model
 
     model = load(method)
@@ -201,6 +207,6 @@ def test_a_pth_of_rwkv_peft_is_told_apart_by_its_axes(suffix, method, shape, tmp
 
 
 def test_a_pth_of_rwkv_peft_is_no_other_mode(tmp_path):
-    peft = PeftConfig(peft="bone", peft_config={"r": 16, "mode": "col", "load": "theirs.pth"})
+    peft = peft_section("bone", {"r": 16, "mode": "col", "load": "theirs.pth"})
     with pytest.raises(CheckpointError, match=r"theirs.pth: RWKV-PEFT's .pth adapters are Bone row; found col"):
-        warm_start(peft, {}, "base.pth")
+        warm_start(peft.method, {}, "base.pth")

@@ -1,4 +1,4 @@
-"""Curves: every point lies in the frame, at its place, and no spike is lost."""
+"""Charts: every point is inside the frame and at the right place, and spikes stay visible."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rwkv_peft.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axi
 
 
 def drawn(html: str) -> list[list[tuple[float, float]]]:
-    """The places of each line of a figure."""
+    """Return the coordinates of each line of a figure."""
     lines = [node.get("points") for node in ElementTree.fromstring(html).iter("polyline")]
     return [[tuple(map(float, place.split(","))) for place in line.split()] for line in lines]
 
@@ -32,7 +32,7 @@ def test_points_lie_in_the_frame(values, log):
 
 
 def test_heights_follow_the_values():
-    """Linear: the middle value lies in the middle; logarithmic: the geometric one does."""
+    """On a linear axis the arithmetic mean is half-way, on a logarithmic axis the geometric mean."""
     (line,) = drawn(chart("t", [Curve("x", [(1, 0.0), (2, 50.0), (3, 100.0)])]))
     assert line[1][1] == pytest.approx((line[0][1] + line[2][1]) / 2, abs=0.1)
     (line,) = drawn(chart("t", [Curve("x", [(1, 0.1), (2, 10.0), (3, 1000.0)])], log=True))

@@ -1,4 +1,4 @@
-"""Programs of tools/ as modules."""
+"""Imports the programs of tools/ as modules."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 @pytest.fixture
 def load_tool(monkeypatch):
-    """`load_tool("bench_ops")` is that program's module."""
-    monkeypatch.setattr(sys, "path", list(sys.path))  # programs change it
+    """Return a function that imports a program: `load_tool("bench_ops")`."""
+    monkeypatch.setattr(sys, "path", list(sys.path))  # the programs change it
 
     def load(name):
         spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+        monkeypatch.setitem(sys.modules, name, module)  # dataclasses need it there
         spec.loader.exec_module(module)
         return module
 

@@ -1,4 +1,4 @@
-"""tools/bench_data.py: the plain loop it measures against does the same job. No timing is judged here."""
+"""tools/bench_data.py: the simple loop used for comparison writes the same files. Timings are not checked."""
 
 import json
 import re
@@ -31,21 +31,21 @@ def test_both_write_what_megatron_writes(bench_data, tmp_path, corpus):
 
 
 def test_multilingual_text_has_many_scripts(bench_data, monkeypatch, tmp_path):
-    """Also where the machine has no message catalogues, or damaged ones."""
-    (tmp_path / "bad.mo").write_bytes(b"no catalogue")
-    monkeypatch.setattr(bench_data, "CATALOGUES", tmp_path)
+    """Also on a machine without message catalogs, or with damaged ones."""
+    (tmp_path / "bad.mo").write_bytes(b"no catalog")
+    monkeypatch.setattr(bench_data, "CATALOGS", tmp_path)
     text = "".join(bench_data.multilingual(300_000))
     for first, last in ("az", "ая", "一龥", "가힣", "اي"):
         assert any(first <= letter <= last for letter in text)
 
 
-def test_it_says_which_stage_limits_and_how_fast_batches_come(bench_data, capsys, monkeypatch):
+def test_it_prints_the_limiting_stage_and_the_rate_of_batches(bench_data, capsys, monkeypatch):
     rows = sys.modules["bench_rows"]
     monkeypatch.setattr(rows, "MODEL", ModelConfig(n_layer=1, n_embd=128, vocab_size=257))
     small = "--documents 60 --ctx_len 64 --batches 3 --steps 1".split()
     bench_data.main(["--megabytes", "0.05", "--runs", "1", *small])
     printed = capsys.readouterr().out
     assert all(f"  {mode:<5} " in printed for mode in rows.MODES)
-    assert float(re.search(r"pack is x([\d.]+) pad", printed)[1]) > 0
+    assert float(re.search(r"pack: x([\d.]+) of the speed of pad", printed)[1]) > 0
     assert printed.count("limits") == len(bench_data.CORPORA)
-    assert all(f"{stage} " in printed for stage in ("read", "parse", "tokenise", "pack", "write"))
+    assert all(f"{stage} " in printed for stage in ("read", "parse", "tokenize", "pack", "write"))

@@ -1,4 +1,4 @@
-"""tools/bench_ops.py: what one measurement waits for, and where it runs. No timing is judged here."""
+"""tools/bench_ops.py: synchronization and devices. Timings are not checked."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def bench_ops(load_tool):
     return load_tool("bench_ops")
 
 
-def test_every_run_is_waited_for_and_starts_on_an_idle_device(bench_ops):
+def test_the_device_is_idle_before_and_after_every_run(bench_ops):
     log = []
     cases = {"a": lambda: log.append("a"), "b": lambda: log.append("b")}
     times = bench_ops.interleaved(cases, runs=2, finish=lambda: log.append("."))
@@ -23,16 +23,16 @@ def test_every_run_is_waited_for_and_starts_on_an_idle_device(bench_ops):
 
 
 @pytest.mark.parametrize("suite", ["block", "wkv6"])
-def test_suites_lie_on_the_device_they_are_made_under(bench_ops, suite):
-    """Meta stands in for a GPU: an operation with a tensor of the CPU would raise."""
+def test_suites_use_the_default_device(bench_ops, suite):
+    """The meta device replaces a GPU: an operation with a CPU tensor would raise an error."""
     with torch.device("meta"):
         cases = bench_ops.SUITES[suite](TINY, 16, torch.bfloat16)
     for name, case in cases.items():
-        if name != "native":  # has no meta device
+        if name != "native":  # does not support the meta device
             case()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_gpu_is_one_clear_line(bench_ops):
-    with pytest.raises(UserError, match="--device cuda: this PyTorch sees no CUDA device"):
+def test_cuda_without_a_gpu_gives_a_one_line_error(bench_ops):
+    with pytest.raises(UserError, match="--device cuda: PyTorch finds no CUDA device"):
         bench_ops.main(["--device", "cuda"])

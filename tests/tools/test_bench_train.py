@@ -1,4 +1,4 @@
-"""The benchmark of whole steps runs, and its accounting is right. What it measures is no test's business."""
+"""tools/bench_train.py runs, and its accounting is right. Timings are not checked."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def test_table_and_json(tmp_path):
     assert all(set(runs[0]) == {"seconds", "start", "trained", "peak", "kept"} for runs in figures.values())
 
 
-def test_no_gpu_is_one_clear_line():
+def test_cuda_without_a_gpu_gives_a_one_line_error():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     result = subprocess.run([sys.executable, TOOL, "--device", "cuda"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert result.stderr.startswith("error: --device cuda: this PyTorch sees no CUDA device")
+    assert result.stderr.startswith("error: --device cuda: PyTorch finds no CUDA device")
 
 
-def test_kept_bytes_counts_each_storage_once_and_no_parameter(load_tool):
+def test_kept_bytes_counts_each_storage_once_without_parameters(load_tool):
     layer = nn.Linear(8, 8, bias=False)
     x = torch.randn(4, 8, requires_grad=True)
 
@@ -48,13 +48,13 @@ def test_kept_bytes_counts_each_storage_once_and_no_parameter(load_tool):
 
 
 def test_flops_of_lora(load_tool):
-    """One product of N x I x O is 2 N I O; the head's gradient stops at its input."""
+    """A product of N x I x O has 2 N I O FLOPs. The frozen head only computes the gradient of its input."""
     config = ModelConfig(n_layer=1, n_embd=32, vocab_size=64, head_size=32, dim_ffn=96).resolved()
     layers = 6 * (4 * 32 * 32 + 6 * 2 * 64) + 2 * (4 * 96 * 32 + 6 * 2 * 128)
     assert load_tool("bench_train").lora_flops(config, tokens=5, r=2) == 5 * (layers + 4 * 32 * 64)
 
 
-def test_rounding_benchmark_sees_all_of_a_large_update(load_tool):
+def test_rounding_benchmark_measures_a_large_update_completely(load_tool):
     bench_rounding = load_tool("bench_rounding")
     with bench_rounding.arithmetic(wide=False):
         (share,) = bench_rounding.share(bench_rounding.bone_form("row"), 1e-2, draws=1)

@@ -1,4 +1,4 @@
-"""The program as a user starts it."""
+"""`rwkv-peft inspect`, started by tools/inspect_data.py as a user does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rwkv_peft.data.tokenizer import WorldTokenizer
 from tests.data.pairs import write_mask
 
 ROOT = Path(__file__).parents[2]
-TOOL = ROOT / "tools" / "inspect.py"
+TOOL = ROOT / "tools" / "inspect_data.py"
 
 
 def run_tool(*arguments: object, cwd: Path, tool: Path = TOOL) -> subprocess.CompletedProcess[str]:
@@ -27,7 +27,7 @@ def run_tool(*arguments: object, cwd: Path, tool: Path = TOOL) -> subprocess.Com
 
 @pytest.fixture
 def chat(tmp_path) -> Path:
-    """A folder with `chat`, three documents of World tokens of which the answers train."""
+    """A folder with `chat`: three documents of World tokens, with the answers in the loss."""
     texts = ("User: 你好\n\nA:", " hello"), ("User: 1+1\n\nA:", " 2"), ("User: \x1b[2J\n\nA:", " ok")
     tokenizer, mask = WorldTokenizer(), b""
     with BinidxWriter(tmp_path / "chat", tokenizer) as writer:
@@ -48,15 +48,15 @@ def test_shows_a_pair_its_documents_and_the_first_batch(chat):
     assert "\n  User: 你好\n\n  A:⟦ hello<end>⟧\n" in done.stdout
     assert "\n  A:⟦ 2<end>⟧\n" in done.stdout
     assert done.stdout.count("\nbatch 0, row ") == 2
-    assert "not trained" in done.stdout
+    assert "not in the loss" in done.stdout
 
 
-def test_colour_is_for_terminals_unless_asked_for(chat):
+def test_color_is_used_only_on_terminals_unless_requested(chat):
     assert "\x1b" not in run_tool("chat", "--documents", "0-2", cwd=chat).stdout
     assert "\x1b[30;42m hello<end>\x1b[0m" in run_tool("chat", "--documents", "0", "--color=always", cwd=chat).stdout
 
 
-def test_long_documents_are_cut_unless_asked_for(tmp_path):
+def test_long_documents_are_shortened_unless_full_is_given(tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": "word " * 999}))
     words = ("--input", "long.jsonl", "--output_prefix", "long", "--tokenizer", "bytes")
     assert run_tool(*words, cwd=tmp_path, tool=ROOT / "tools" / "json2binidx.py").returncode == 0
@@ -67,13 +67,13 @@ def test_long_documents_are_cut_unless_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--documents", "1-3"], "--documents: bad value; found 1-3, expected rising numbers from 0 to 2."),
-        (["--vocab_size", "33"], "chat.bin: a token id beyond the vocabulary; found 24281 at token 0"),
-        (["--vocab_size", "0"], "--vocab_size: bad value; found 0, expected an integer of at least 1."),
-        (["--batches", "1", "--random_seed", "-1"], "--random_seed: bad value; found -1"),
-        (["--ctx_len", "0"], "--ctx_len: bad value; found 0"),
-        (["--nonsense"], "unrecognized arguments: --nonsense. See python tools/inspect.py --help."),
-        (["--tokenizer", "wrld"], "--tokenizer: bad value; found 'wrld'"),
+        (["--documents", "1-3"], "--documents: there is no document 3; the last is 2."),
+        (["--vocab_size", "33"], "chat.bin: a token id is outside the vocabulary; found 24281 at token 0"),
+        (["--vocab_size", "0"], "--vocab_size: invalid value; found 0, expected an integer of at least 1."),
+        (["--batches", "1", "--random_seed", "-1"], "--random_seed: invalid value; found -1"),
+        (["--ctx_len", "0"], "--ctx_len: invalid value; found 0"),
+        (["--nonsense"], f"unexpected argument '--nonsense'. See python {TOOL} --help."),
+        (["--tokenizer", "wrld"], "--tokenizer: invalid value; found 'wrld'"),
     ],
 )
 def test_mistakes_are_one_line(chat, words, message):
@@ -84,22 +84,22 @@ def test_mistakes_are_one_line(chat, words, message):
     assert done.stderr.count("\n") == 1
 
 
-def test_damage_is_one_line_that_names_the_file(chat):
+def test_a_damaged_file_is_named_in_one_line(chat):
     (chat / "chat.mask.bin").write_bytes(b"\3")
     done = run_tool("chat", cwd=chat)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: chat.mask.bin: does not belong to its .bin")
+    assert done.stderr.startswith("error: chat.mask.bin: wrong size")
     assert "Traceback" in run_tool("chat", "--debug", cwd=chat).stderr
 
 
-def test_it_has_the_data_flags_of_training(tmp_path):
+def test_the_data_flags_are_those_of_training(tmp_path):
     text = run_tool("--help", cwd=tmp_path).stdout
     wanted = {spec.name for spec in fields(DataConfig)} - {"data_file", "val_data_file"}
     assert wanted
     assert [name for name in wanted if f"--{name} " not in text] == []
 
 
-def test_batches_leave_out_what_the_run_holds_out(tmp_path):
+def test_batches_do_not_contain_validation_documents(tmp_path):
     (tmp_path / "many.jsonl").write_text("".join(json.dumps({"text": f"({i})"}) + "\n" for i in range(100)))
     words = ("--input", "many.jsonl", "--output_prefix", "many", "--tokenizer", "bytes")
     assert run_tool(*words, cwd=tmp_path, tool=ROOT / "tools" / "json2binidx.py").returncode == 0
@@ -112,10 +112,10 @@ def test_batches_leave_out_what_the_run_holds_out(tmp_path):
     assert 25 < len(part) < 75
 
 
-def test_the_standard_inspect_stays_what_it_is(tmp_path):
+def test_help_imports_the_standard_inspect_and_nothing_heavy(tmp_path):
     code = f"""
 import runpy, sys
-sys.argv, sys.path[0] = ["inspect.py", "--help"], {str(TOOL.parent)!r}
+sys.argv, sys.path[0] = ["inspect_data.py", "--help"], {str(TOOL.parent)!r}
 try:
     runpy.run_path({str(TOOL)!r}, run_name="__main__")
 except SystemExit:
@@ -126,14 +126,14 @@ except SystemExit:
     assert done.stdout.endswith("True heavy: []\n"), done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error(chat):
-    """`| head -1`, with more output than a pipe holds."""
+def test_a_closed_pipe_is_not_an_error(chat):
+    """`| head -1`, with more output than fits into a pipe."""
     command = f"{sys.executable} {TOOL} chat --documents {'0-2 ' * 2000}| head -1"
     done = subprocess.run(command, shell=True, cwd=chat, capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("pair       chat\n", "")
 
 
-def test_a_terminal_without_unicode_is_no_error(chat):
+def test_a_terminal_without_unicode_is_not_an_error(chat):
     command = [sys.executable, str(TOOL), "chat", "--documents", "0"]
     done = subprocess.run(command, cwd=chat, capture_output=True, timeout=60, env={"PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stderr) == (0, b"")

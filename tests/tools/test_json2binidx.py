@@ -1,4 +1,4 @@
-"""The program as a user starts it."""
+"""`rwkv-peft convert`, started by tools/json2binidx.py as a user does."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def run_tool(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 def test_converts_with_the_world_tokenizer_by_default(tmp_path):
     (tmp_path / "chat.jsonl").write_text('{"text": "hello 你好\\n\\n"}\n', encoding="utf-8")
     done = run_tool("--input", "chat.jsonl", "--output_prefix", "data/chat", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")  # no progress bar where there is no terminal
+    assert (done.returncode, done.stderr) == (0, "")  # no progress bar without a terminal
     assert "documents  1" in done.stdout
     assert np.fromfile(tmp_path / "data" / "chat.bin", "<u2").tolist() == [34550, 33, 10464, 11685, 261, 0]
 
@@ -37,7 +37,7 @@ def test_bad_input_is_one_line_and_a_failure(tmp_path):
     arguments = ("--input", "chat.jsonl", "--output_prefix", "chat", "--tokenizer", "bytes")
     done = run_tool(*arguments, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == "error: chat.jsonl:2: 'text' is not a text; found a number, expected a string.\n"
+    assert done.stderr == "error: chat.jsonl:2: 'text' is not a string; found a number.\n"
     assert [path.name for path in tmp_path.iterdir()] == ["chat.jsonl"]
     assert "Traceback" in run_tool(*arguments, "--debug", cwd=tmp_path).stderr
 
@@ -56,8 +56,8 @@ except SystemExit:
     assert "heavy: []" in done.stdout
 
 
-def test_a_neighbour_named_like_a_standard_module_is_not_imported(tmp_path):
-    """tools/ gets an inspect.py: it must not stand in for the standard library's."""
+def test_a_file_named_like_a_standard_module_is_not_imported(tmp_path):
+    """A file such as tools/inspect.py must not replace a module of the standard library."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "json2binidx.py").write_bytes(TOOL.read_bytes())
@@ -71,13 +71,13 @@ def test_a_neighbour_named_like_a_standard_module_is_not_imported(tmp_path):
 def test_standard_input(tmp_path):
     command = [sys.executable, str(TOOL), "--input", "-", "--output_prefix", "out", "--tokenizer", "bytes"]
     done = subprocess.run(command, cwd=tmp_path, input=b'{"text": "a"}\n{', capture_output=True, timeout=60)
-    assert done.stderr.decode().startswith("error: <stdin>:2: malformed JSON; found ")
+    assert done.stderr.decode().startswith("error: <stdin>:2: malformed JSON (")
     done = subprocess.run(command, cwd=tmp_path, input=b'{"text": "a"}\n', capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
     assert np.fromfile(tmp_path / "out.bin", "<u2").tolist() == [98, 0]
 
 
-def test_every_flag_at_once(tmp_path):
+def test_all_flags_together(tmp_path):
     records = [{"a": f"q{i}", "b": "r" * (i % 9 + 1), "c": i} for i in range(200)]
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.json").write_text(json.dumps([*records, {"a": "x"}]))
@@ -95,8 +95,8 @@ def test_every_flag_at_once(tmp_path):
     assert sum(masks) == sum(len(record["b"]) + 1 for record in records)  # each answer and its eod
     lengths = [len(f"{r['c']} {r['a']}{r['b']}") + 1 for r in records]
     over = sum(length > 8 for length in lengths)
-    assert f"too long   {over} documents ({over / 200:.1%}) are over ctx_len 8\n" in done.stdout
-    assert "rejects    1, see the .rejects.jsonl\n" in done.stdout
+    assert f"too long   {over} documents ({over / 200:.1%}) are longer than ctx_len 8\n" in done.stdout
+    assert "rejects    1 (see the .rejects.jsonl)\n" in done.stdout
     assert "out.rejects.jsonl" in done.stdout.splitlines()[-1]
 
 
@@ -104,11 +104,11 @@ def test_every_flag_at_once(tmp_path):
     ("flags", "message"),
     [
         (("--template", "none.j2"), "--template: cannot be read; found [Errno 2]"),
-        (("--template", "bad.j2"), "--template bad.j2: not a Jinja2 template; found line 1: "),
-        (("--val_fraction", "1"), "--val_fraction: bad value; found 1.0, expected 0 or more, and below 1."),
-        (("--workers", "-1"), "--workers: bad value; found -1"),
-        (("--ctx_len", "0"), "--ctx_len: bad value; found 0"),
-        (("--text_key", "a", "--fields", "b", "c"), "--text_key: excludes --fields"),
+        (("--template", "bad.j2"), "--template bad.j2: has a syntax error; found line 1: "),
+        (("--val_fraction", "1"), "--val_fraction: invalid value; found 1.0, expected 0 or more, and below 1."),
+        (("--workers", "-1"), "--workers: invalid value; found -1"),
+        (("--ctx_len", "0"), "--ctx_len: invalid value; found 0"),
+        (("--text_key", "a", "--fields", "b", "c"), "--text_key: cannot be combined with --fields"),
     ],
 )
 def test_bad_flags_are_named(tmp_path, flags, message):
@@ -121,8 +121,8 @@ def test_bad_flags_are_named(tmp_path, flags, message):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_disk_without_space_is_one_line(tmp_path):
-    """A limit on the size of files stands in for the disk: the same failure of the same call."""
+def test_a_full_disk_is_one_line(tmp_path):
+    """A limit on the file size causes the same error in the same call as a full disk."""
     (tmp_path / "a.jsonl").write_text('{"text": "some words and more"}\n' * 100_000)
     (tmp_path / "b.jsonl").write_text('{"text": "old"}\n')
     assert run_tool("--input", "b.jsonl", "--output_prefix", "out", cwd=tmp_path).returncode == 0
@@ -136,7 +136,7 @@ def test_a_disk_without_space_is_one_line(tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("error: out: no space left to write; found File too large. Nothing was written.")
+    assert done.stderr.startswith("error: out: the disk is full; found File too large. Nothing was written.")
     assert done.stderr.count("\n") == 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -153,8 +153,8 @@ def wait_until(happened, seconds=40):
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_an_ended_run_leaves_the_old_pair_and_no_process(tmp_path, how, code):
-    """Records come through a pipe that stays open, so that the run is surely in the middle."""
+def test_an_interrupted_run_keeps_the_old_pair_and_leaves_no_process(tmp_path, how, code):
+    """The records come through a pipe that stays open, so the run cannot finish."""
     (tmp_path / "a.jsonl").write_text('{"text": "old"}\n')
     flags = ("--output_prefix", "out", "--tokenizer", "bytes")
     assert run_tool("--input", "a.jsonl", *flags, cwd=tmp_path).returncode == 0
@@ -166,10 +166,10 @@ def test_an_ended_run_leaves_the_old_pair_and_no_process(tmp_path, how, code):
         stderr=subprocess.PIPE,
         text=True,
     )
-    for _ in range(8):  # more than is read ahead of the workers
+    for _ in range(8):  # more than the program reads ahead
         process.stdin.write('{"text": "new"}\n' * 2**16)
     process.stdin.flush()
-    wait_until(lambda: list(tmp_path.glob("out.bin.*.tmp")) and next(tmp_path.glob("out.bin.*.tmp")).stat().st_size)
+    wait_until(lambda: any(path.stat().st_size for path in tmp_path.glob(".out.bin.*.tmp")))
     workers = children_of(process.pid)
     assert len(workers) >= 2
     process.send_signal(how)

@@ -1,7 +1,7 @@
-"""Runs in processes of their own without the seconds of imports: a warm process that forks one for each.
+"""Runs in their own processes, without importing everything again: a server process forks a child for each run.
 
-Started as a program it reads a JSON line of flags after another, forks, and answers with the child's pid; a line at the
-child's end has its wait status. `Warm` is the other side, for tests.
+As a program, this file is the server. It reads one JSON line for each run, forks, and answers with the child's process
+id; when the child ends, it writes a second line with the child's wait status. `Warm` starts the server and talks to it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Warm:
-    """The process that forks; a context manager."""
+    """A server process with everything imported. Use it as a context manager."""
 
     def __enter__(self) -> Warm:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'RWKV-PEFT'}:{ROOT}"}
@@ -34,13 +35,13 @@ class Warm:
         self.process.wait(timeout=60)
 
     def start(self, flags: list[str], output: Path, die_at: tuple[str, int] | None = None) -> int:
-        """Begin a run; its pid.
+        """Start a run and return its process id.
 
         Args:
             flags: of train.py.
-            output: file for what it prints.
-            die_at: (write, fsync, replace or unlink; n): SIGKILL itself at the n-th such call. `write` is in the
-                middle of a tensor of a checkpoint, the others are of any file.
+            output: file that receives what the run prints.
+            die_at: (call, n): the run kills itself (SIGKILL) at the n-th such call. `write` stops in the middle of a
+                tensor of a checkpoint; `fsync`, `replace` and `unlink` are calls on any file.
         """
         message = {"flags": flags, "output": str(output), "die_at": die_at}
         self.process.stdin.write(json.dumps(message) + "\n")
@@ -48,17 +49,18 @@ class Warm:
         return int(self.process.stdout.readline())
 
     def wait(self) -> int:
-        """The exit code of the run begun last, negative for a signal."""
+        """Wait for the last run that was started and return its exit code; -N if signal N ended it."""
         return os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
 
     def run(self, flags: list[str], output: Path, die_at: tuple[str, int] | None = None) -> int:
-        """`start` and `wait`."""
+        """Start a run, wait for it and return its exit code."""
         self.start(flags, output, die_at)
         return self.wait()
 
 
 def serve() -> None:
-    from rwkv_peft.training import run  # noqa: F401 (what takes the time)
+    """Fork a child for each line of stdin."""
+    from tests.training import small_runs  # noqa: F401 (imports everything once, before the first fork)
 
     for line in sys.stdin:
         message = json.loads(line)
@@ -73,19 +75,22 @@ def serve() -> None:
 
 
 def _child(flags: list[str], output: str, die_at: tuple[str, int] | None) -> None:
-    """One run, as train.py makes it; does not return."""
+    """Make one run as train.py does, and end the process."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    from rwkv_peft.config import flags as cli
     from rwkv_peft.errors import exit_with_message
-    from rwkv_peft.training.run import run
+    from tests.training.small_runs import train_flags
 
     if die_at:
         _die_at(*die_at)
+
+    def main(_: Sequence[str]) -> None:
+        train_flags(flags)
+
     code = 1
     try:
-        exit_with_message(lambda _: run(cli.resolve(cli.parse_args(flags))))
+        exit_with_message(main)
     except SystemExit as end:
         code = end.code
     finally:
@@ -95,6 +100,7 @@ def _child(flags: list[str], output: str, die_at: tuple[str, int] | None) -> Non
 
 
 def _die_at(kind: str, count: int) -> None:
+    """Make this process kill itself at the `count`-th call of a kind (see `Warm.start`)."""
     left = count
 
     def reached() -> None:
@@ -104,10 +110,10 @@ def _die_at(kind: str, count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if kind == "write":
-        from rwkv_peft.training.checkpoint import file as checkpoints
+        from rwkv_peft.training.checkpoint import file as checkpoint_file
 
-        class HalfWay:
-            """A file that writes the first half of what it gets, and then may not come to the second."""
+        class HalfWritten:
+            """A file that writes each piece in two halves; the process may die between them."""
 
             def __init__(self, file: BinaryIO) -> None:
                 self.file = file
@@ -119,8 +125,8 @@ def _die_at(kind: str, count: int) -> None:
                 reached()
                 self.file.write(piece[middle:])
 
-        write_hashed = checkpoints._write_hashed
-        checkpoints._write_hashed = lambda file, parts: write_hashed(HalfWay(file), parts)
+        write_hashed = checkpoint_file._write_hashed
+        checkpoint_file._write_hashed = lambda file, parts: write_hashed(HalfWritten(file), parts)
         return
     plain = getattr(os, kind)
 

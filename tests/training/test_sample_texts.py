@@ -1,4 +1,4 @@
-"""`--sample_prompts`: the texts are the model's, and writing them changes nothing."""
+"""`--sample_prompts`: the texts are what the model generates, and writing them does not affect training."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import pytest
 
 from rwkv_peft.adapted_model import load_plain, load_with_adapter
 from rwkv_peft.config.sections import TrainConfig
-from rwkv_peft.data.inspect.token_view import safe
+from rwkv_peft.data.inspect.token_view import escape_controls
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import UserError
 from rwkv_peft.inference.generate import generate
-from rwkv_peft.training import sample_texts as samples
+from rwkv_peft.training import sample_texts
 from rwkv_peft.training.sample_texts import read_prompts
 from tests.training.small_runs import train, write_inputs
 
 LORA = ["--peft", "lora", "--lora_config", '{"r":8,"dropout":0.5}']
-"""With dropout, which a sample must neither use nor draw for."""
+"""With dropout, which completions must not use or draw random numbers for."""
 LENGTH = 20
 PROMPT = "User: What is 1 plus 2?\n\nAssistant:"
 
@@ -41,7 +41,7 @@ def test_a_prompt_is_a_line_or_json(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("\n \n", r"--sample_prompts: .*prompts.txt holds no prompt; expected one a line"),
+        ("\n \n", r"--sample_prompts: .*prompts.txt has no prompts; expected one per line"),
         ("good\n{bad}", r"prompts.txt:2: not a prompt; found {bad}, expected"),
         ('{"text": "x"}', r"prompts.txt:1: not a prompt"),
         ('{"prompt": 5}', r"prompts.txt:1: not a prompt"),
@@ -49,24 +49,24 @@ def test_a_prompt_is_a_line_or_json(tmp_path):
         ('{"prompt": ""}', r"prompts.txt:1: an empty prompt"),
     ],
 )
-def test_bad_prompts_are_one_clear_line(text, message, tmp_path):
+def test_errors_of_bad_prompts(text, message, tmp_path):
     with pytest.raises(UserError, match=message):
         prompts_of(tmp_path, text)
 
 
-def test_what_cannot_be_is_said_before_the_model_is_loaded(inputs, tmp_path, monkeypatch):
-    monkeypatch.setattr("rwkv_peft.training.run.prepare", lambda config: pytest.fail("the model was loaded"))
+def test_errors_come_before_the_model_is_loaded(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("rwkv_peft.training.run.prepare", lambda *_: pytest.fail("the model was loaded"))
     (tmp_path / "prompts.txt").write_text("x")
     with pytest.raises(UserError, match=r"gone\.txt cannot be read"):
         train(tmp_path / "run", inputs, "--sample_prompts", f"{tmp_path}/gone.txt")
-    with pytest.raises(UserError, match="deepspeed_stage_3 shares the model out"):
+    with pytest.raises(UserError, match="deepspeed_stage_3 shards the model"):
         train(
             tmp_path / "run", inputs, "--sample_prompts", f"{tmp_path}/prompts.txt", "--strategy", "deepspeed_stage_3"
         )
 
 
-def test_samples_are_greedy_texts_of_both_models_and_leave_training_as_it_was(inputs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(samples, "SAMPLE_TOKENS", LENGTH)
+def test_samples_are_greedy_and_do_not_affect_training(inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample_texts, "SAMPLE_TOKENS", LENGTH)
     (tmp_path / "prompts.txt").write_text(PROMPT.replace("\n", "\\n") + "\n")
     more = ["--lr_init", "3e-3", "--lr_final", "3e-3", "--epoch_steps", "8", *LORA]
     plain = train(tmp_path / "plain", inputs, *more)
@@ -85,22 +85,24 @@ def test_samples_are_greedy_texts_of_both_models_and_leave_training_as_it_was(in
 
 
 def text_of(model) -> str:
-    """What the command line's sampler makes of the prompt, in printable form."""
+    """Return the greedy completion of the prompt, in printable form."""
     tokenizer = load_tokenizer("bytes")
-    return safe(tokenizer.decode(generate(model, tokenizer.encode(PROMPT), max_tokens=LENGTH, temperature=0)))
+    return escape_controls(
+        tokenizer.decode(generate(model, tokenizer.encode(PROMPT), max_tokens=LENGTH, temperature=0))
+    )
 
 
-def test_the_data_must_say_which_tokenizer_made_it(inputs, tmp_path):
+def test_the_data_must_name_its_tokenizer(inputs, tmp_path):
     (tmp_path / "prompts.txt").write_text("x")
     meta = tmp_path / "data.meta.json"
     flags = ["--sample_prompts", f"{tmp_path}/prompts.txt"]
     meta.write_text(meta.read_text().replace('"tokenizer_spec": "bytes"', '"tokenizer_spec": "gone.json"'))
-    with pytest.raises(UserError, match=r"tokenizer gone\.json cannot be loaded from here"):
+    with pytest.raises(UserError, match=r"the data's tokenizer gone\.json cannot be loaded"):
         train(tmp_path / "run", inputs, *flags)
     meta.write_text(meta.read_text().replace("gone.json", "world"))
-    with pytest.raises(UserError, match="world is not the tokenizer that made the data any more"):
+    with pytest.raises(UserError, match="world has changed since the data was converted"):
         train(tmp_path / "run", inputs, *flags)
     meta.unlink()
-    with pytest.raises(UserError, match="--sample_prompts: the data does not say which tokenizer made it"):
+    with pytest.raises(UserError, match="--sample_prompts: the data does not name its tokenizer"):
         train(tmp_path / "run", inputs, *flags)
     assert not (tmp_path / "run").exists()

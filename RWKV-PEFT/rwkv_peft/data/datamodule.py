@@ -1,184 +1,151 @@
-"""Training batches for Lightning, by epoch, rank and batch.
+"""Training batches for Lightning. One batch is one optimizer step: a list of micro-batches.
 
 B = micro_bsz, T = ctx_len.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from rwkv_peft.config.sections import DataConfig
-from rwkv_peft.data.binidx.reader import BinidxMeta, BinidxReader, check_tokenizer
-from rwkv_peft.data.rows.mixture import open_source
-from rwkv_peft.data.rows.sampling import DataPlan, Part, Source, make_plan
-from rwkv_peft.data.validation_set import ValidationSet, open_validation
-from rwkv_peft.data.windows import WindowLoader
+from rwkv_peft.data.training_data import TrainingData
 
 SampleKey = tuple[int, int]
-"""(epoch, index of the sample in it). Carrying the epoch in the key keeps it out of the data set's state."""
+"""Epoch, and index of a row in it."""
+StepKeys = list[list[SampleKey]]
+"""The rows of one optimizer step: B keys for each micro-batch."""
+MicroBatch = dict[str, Tensor]
 
 
 class BinidxDataModule(pl.LightningDataModule):
-    """Training batches from binidx pairs: input_ids (B, T) int64, targets (B, T) int64, loss_mask (B, T) bool.
+    """Training batches from binidx pairs.
 
-    Also sample (B, 2) int64, the epoch and the index in it of each row. With `pack` also starts (B, T) bool, where
-    documents begin; with `only`, B is 1 and T as long as the document asks. How many tokens train comes with them
-    (`WindowLoader`).
+    A batch is a list of `micro_batches_per_step` micro-batches; the last list of an epoch may be shorter. A
+    micro-batch is a dict of
 
-    At step s of an epoch, rank q of w gets the samples (s*w + q)*B .. +B-1: all ranks together get what one process
-    with a batch of w*B gets. The trainer must run with `use_distributed_sampler=False`.
+        input_ids  (B, T) int64
+        targets    (B, T) int64
+        loss_mask  (B, T) bool, True if predicting the target is trained
+        sample     (B, 2) int64, epoch and index of each row
+        starts     (B, T) bool, True at the first token of a document; only with `--dataload pack`
+
+    With `--dataload only`, B is 1 and T is the length of the document, at most ctx_len.
+
+    Micro-batch s of an epoch on rank q of w holds rows (s*w + q)*B to (s*w + q)*B + B-1. So all ranks together get the
+    rows that one process gets with micro-batches of w*B rows. The trainer must have `use_distributed_sampler=False`.
 
     Args:
-        config: which data, in which order. Lightning's epoch e is epoch `config.epoch_begin + e` of the data.
-        vocab_size: rows of the model's embedding; any id in the data must be below.
-        tokenizer_identity: of the adapter that trains on, where it knows; the data must agree, where it knows.
-    Raises (from `setup`):
-        DataError: the pair is missing, damaged, of another tokenizer, or has ids beyond the vocabulary.
+        data: the run's data. Lightning's epoch e is epoch `epoch_begin + e` of the data.
+        micro_batches_per_step: micro-batches of one optimizer step (`--accumulate_grad_batches`).
     """
 
-    def __init__(
-        self, config: DataConfig, vocab_size: int, tokenizer_identity: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, data: TrainingData, micro_batches_per_step: int) -> None:
         super().__init__()
-        self.config = config
-        self._vocab_size = vocab_size
-        self._expected_identity = tokenizer_identity
-        self._samples: Source | None = None
+        self.data = data
+        self._per_step = micro_batches_per_step
         self._begin = (0, 0)
-        self.validation: ValidationSet | None = None
-        """What the run is measured on, where there is anything; there after `setup`."""
 
-    def begin_at(self, epoch: int, batch: int) -> None:
-        """Let the trainer's epoch 0 be epoch `epoch` of the run, from `batch` on; the trainer must then ask for a new
-        loader in each epoch, since the first is shorter."""
-        self._begin = (epoch, batch)
+    def begin_at(self, epoch: int, micro_batch: int) -> None:
+        """Start the run in epoch `epoch`, at micro-batch `micro_batch` of it.
 
-    @property
-    def reader(self) -> BinidxReader:
-        """The pair, the first of several; there after `setup`."""
-        return self.parts[0].samples.reader
+        The trainer's epoch 0 is then that epoch. It is shorter than the others, so the trainer must ask for a new
+        loader in each epoch (`reload_dataloaders_every_n_epochs=1`).
+        """
+        self._begin = (epoch, micro_batch)
 
-    @property
-    def meta(self) -> BinidxMeta | None:
-        """What the first pair that has a sidecar says; all agree on the tokenizer. There after `setup`."""
-        return next((part.samples.reader.meta for part in self.parts if part.samples.reader.meta), None)
-
-    def setup(self, stage: str | None = None) -> None:
-        """Open and check the pairs, once."""
-        if self._samples is not None:
-            return
-        source = open_source(self.config, self._vocab_size)
-        for part in source.parts:
-            check_tokenizer(part.samples.reader, self._expected_identity, "the adapter's")
-        self.validation = open_validation(self.config, self._vocab_size, source.parts)
-        for samples in self.validation.parts if self.validation else ():
-            check_tokenizer(samples.reader, self._expected_identity, "the adapter's")
-        self._samples = source
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The pairs that the run trains on; there after `setup`."""
-        return self._ready().parts
-
-    def plan(self, world_size: int) -> DataPlan:
-        """Steps and passes of the run on `world_size` devices, after `setup`."""
-        return make_plan(self._ready(), self.config, world_size)
-
-    def train_dataloader(self) -> WindowLoader:
-        """This rank's share of every epoch."""
-        config, trainer = self.config, self.trainer
-        first_epoch, first_batch = self._begin
-        sampler = EpochSampler(
-            steps=self.plan(trainer.world_size).steps_per_epoch,
+    def train_dataloader(self) -> DataLoader[list[MicroBatch]]:
+        """Return this rank's batches of the trainer's current epoch."""
+        config, trainer = self.data.config, self.trainer
+        first_epoch, first_micro_batch = self._begin
+        sampler = StepSampler(
+            micro_batches=self.data.plan(trainer.world_size).steps_per_epoch,
+            per_step=self._per_step,
             micro_bsz=config.micro_bsz,
             world_size=trainer.world_size,
             rank=trainer.global_rank,
             epoch_begin=config.epoch_begin + first_epoch,
-            first_batch=first_batch if trainer.current_epoch == 0 else 0,
-            goes_on=config.walks,
+            first_micro_batch=first_micro_batch if trainer.current_epoch == 0 else 0,
+            continuous=config.walks,
         )
         sampler.set_epoch(trainer.current_epoch)
-        # No workers: a sample of mapped memory takes about 40 us, less than passing it between processes.
-        dataset = SampleDataset(self._ready(), config.random_seed)
-        # A loader draws a seed, which must not come out of the run's random numbers: it does so once an epoch.
-        options = {"num_workers": 0, "generator": torch.Generator(), "window": trainer.accumulate_grad_batches}
-        return WindowLoader(dataset, config.micro_bsz, sampler=sampler, **options)
-
-    def first_samples(self, count: int) -> Iterator[dict[str, Tensor]]:
-        """The run's first samples as batches of one, after `setup`: the same whatever the batch and the devices are."""
-        dataset = SampleDataset(self._ready(), self.config.random_seed)
-        for index in range(count):
-            yield default_collate([dataset[self.config.epoch_begin, index]])
-
-    def _ready(self) -> Source:
-        if self._samples is None:
-            raise RuntimeError("call setup() first")
-        return self._samples
+        # No workers: reading a row takes about 40 us, less than sending it between processes.
+        # A loader draws a seed in each epoch, which must not come from the run's random numbers.
+        options = {"batch_size": None, "num_workers": 0, "generator": torch.Generator()}
+        return DataLoader(StepDataset(self.data), sampler=sampler, collate_fn=_unchanged, **options)
 
 
-class SampleDataset(Dataset[dict[str, np.ndarray]]):
-    """`Samples` under one seed, as torch wants it."""
-
-    def __init__(self, samples: Source, seed: int) -> None:
-        self._samples = samples
-        self._seed = seed
-
-    def __getitem__(self, key: SampleKey) -> dict[str, np.ndarray]:
-        epoch, index = key
-        return {**self._samples.sample(self._seed, epoch, index), "sample": np.array(key)}
+def _unchanged(batch: list[MicroBatch]) -> list[MicroBatch]:
+    return batch
 
 
-class EpochSampler(Sampler[SampleKey]):
-    """The sample keys of one rank, in order.
+class StepDataset(Dataset[list[MicroBatch]]):
+    """A run's optimizer steps by their `StepKeys`."""
 
-    Lightning calls `set_epoch` on a loader's `sampler` before each epoch, and never on its `batch_sampler`, so this is
-    the former. Keys are made lazily, since Lightning also makes the iterator of a resumed epoch before that call.
+    def __init__(self, data: TrainingData) -> None:
+        self._data = data
+
+    def __getitem__(self, keys: StepKeys) -> list[MicroBatch]:
+        return [default_collate([self._row(*key) for key in micro_batch]) for micro_batch in keys]
+
+    def _row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+        return {**self._data.sample(epoch, index), "sample": np.array((epoch, index))}
+
+
+class StepSampler(Sampler[StepKeys]):
+    """The optimizer steps of one rank, in order.
+
+    Lightning calls `set_epoch` before each epoch. For a resumed epoch it makes the iterator before that call, so the
+    iterator computes the keys only when they are needed.
 
     Args:
-        steps: batches of an epoch.
-        epoch_begin: number of the trainer's epoch 0.
-        first_batch: batches to leave out at the beginning of an epoch.
-        goes_on: an epoch goes on where the one before stopped, as if all were epoch 0 (RWKV-LM's walk).
+        micro_batches: micro-batches of an epoch on each rank.
+        per_step: micro-batches of one optimizer step.
+        micro_bsz: rows of a micro-batch.
+        world_size, rank: number of processes, and the number of this one.
+        epoch_begin: the data's epoch in the trainer's epoch 0.
+        first_micro_batch: micro-batches to skip at the beginning of an epoch.
+        continuous: an epoch continues where the previous one ended, as if all were epoch 0 (RWKV-LM's walk).
     """
 
     def __init__(
         self,
         *,
-        steps: int,
+        micro_batches: int,
+        per_step: int,
         micro_bsz: int,
         world_size: int,
         rank: int,
         epoch_begin: int,
-        first_batch: int = 0,
-        goes_on: bool = False,
+        first_micro_batch: int = 0,
+        continuous: bool = False,
     ) -> None:
-        self._steps = steps
-        self._micro_bsz = micro_bsz
-        self._world_size = world_size
-        self._rank = rank
-        self._epoch_begin = epoch_begin
-        self._first_batch = first_batch
-        self._goes_on = goes_on
+        self._micro_batches, self._first = micro_batches, first_micro_batch
+        self._per_step, self._micro_bsz = per_step, micro_bsz
+        self._world_size, self._rank = world_size, rank
+        self._epoch_begin, self._continuous = epoch_begin, continuous
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Go on with the trainer's epoch `epoch`, counted from 0."""
+        """Set the trainer's epoch, counted from 0."""
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return (self._steps - self._first_batch) * self._micro_bsz
+        """Return the number of optimizer steps that are left in the epoch."""
+        return -(-(self._micro_batches - self._first) // self._per_step)
 
-    def __iter__(self) -> Iterator[SampleKey]:
-        epoch, earlier_steps = self._epoch_begin + self._epoch, 0
-        if self._goes_on:
-            epoch, earlier_steps = 0, epoch * self._steps
-        for step in range(earlier_steps + self._first_batch, earlier_steps + self._steps):
-            first = (step * self._world_size + self._rank) * self._micro_bsz
-            for i in range(self._micro_bsz):
-                yield epoch, first + i
+    def __iter__(self) -> Iterator[StepKeys]:
+        for first in range(self._first, self._micro_batches, self._per_step):
+            numbers = range(first, min(first + self._per_step, self._micro_batches))
+            yield [self._micro_batch(number) for number in numbers]
+
+    def _micro_batch(self, number: int) -> list[SampleKey]:
+        epoch = self._epoch_begin + self._epoch
+        if self._continuous:
+            epoch, number = 0, epoch * self._micro_batches + number
+        first = (number * self._world_size + self._rank) * self._micro_bsz
+        return [(epoch, first + i) for i in range(self._micro_bsz)]

@@ -1,11 +1,11 @@
-"""Text to token ids and back: three vocabularies behind one protocol.
+"""Tokenizers: three vocabularies with one interface.
 
-    world            RWKV World, 65536 ids (tokens are 1..65529), through the package pyrwkv-tokenizer
-    bytes            id = byte + 1, 257 ids
-    a path           any Hugging Face tokenizer.json, through the package tokenizers
+    world     RWKV World, 65536 ids (tokens are 1..65529); uses the package pyrwkv-tokenizer
+    bytes     id = byte + 1, 257 ids
+    a path    a Hugging Face tokenizer.json; uses the package tokenizers
 
-The first two have an id for every byte, so they also take bytes that are not text: `encode_bytes`, `decode_bytes`.
-The two packages are imported when a tokenizer is made, so that `--help` and training never wait for them.
+The first two have an id for every byte, so they also encode bytes that are not text: `encode_bytes`, `decode_bytes`.
+The packages are imported when a tokenizer is made, so `--help` and training on binidx do not wait for them.
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ from typing import Any, Protocol
 from rwkv_peft.errors import ConfigError, DataError
 
 UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-"""Shown for an id that stands for nothing, and for bytes that are not UTF-8."""
+"""Shown for unknown ids and for bytes that are not UTF-8."""
 
-_BROKEN_BYTES = re.compile("([\udc80-\udcff]+)")
-"""What `surrogateescape` makes of bytes that are not UTF-8: one code point for each."""
+_INVALID_BYTES = re.compile("([\udc80-\udcff]+)")
+"""`surrogateescape` turns each byte that is not UTF-8 into one of these code points."""
 
 EOD_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<EOS>", "[EOS]")
-"""How vocabularies call the token that ends a document; the first one found is taken."""
+"""Names of the end-of-document token in common vocabularies. The first one that exists is used."""
 
 
 class Tokenizer(Protocol):
-    """What the data path needs of a vocabulary."""
+    """The interface of a tokenizer."""
 
     spec: str
-    """What `load_tokenizer` takes to make this tokenizer again."""
+    """The argument with which `load_tokenizer` makes this tokenizer again."""
     vocab_size: int
-    """One more than the largest id that may occur."""
+    """The largest id plus 1."""
     eod: int
-    """Id that ends a document. It decodes to nothing."""
+    """The end-of-document id. It decodes to an empty string."""
     identity: dict[str, str]
-    """`name`, for people, and `sha256` of the vocabulary, which alone decides whether two are the same."""
+    """`name`, for people, and `sha256` of the vocabulary. Two tokenizers are the same if their sha256 is."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, without eod. `text` must be encodable as UTF-8 (no lone surrogates)."""
+        """Return the ids of `text`, without eod. `text` must not contain lone surrogates."""
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`. Never raises: unknown ids and cut UTF-8 become U+FFFD."""
+        """Return the text of `ids`. Never raises: unknown ids and incomplete UTF-8 become U+FFFD."""
 
 
 def same_tokenizer(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
-    """Whether two identities mean the same ids for the same text."""
+    """Return whether two identities belong to tokenizers that give the same ids for the same text."""
     return a["sha256"] == b["sha256"]
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """The tokenizer that `--tokenizer` names: `world`, `bytes` or the path of a tokenizer.json.
+    """Return the tokenizer for a value of `--tokenizer`: `world`, `bytes` or the path of a tokenizer.json.
 
     Raises:
-        ConfigError: `spec` is neither a known name nor a file.
+        ConfigError: `spec` is neither of these names nor a file.
         DataError: the file is not a tokenizer.json, or has no end-of-document token.
     """
     if spec == "world":
@@ -73,7 +73,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 class WorldTokenizer:
-    """RWKV World: a greedy trie over 65529 byte strings; ids 1..256 are the single bytes, 0 ends a document."""
+    """RWKV World: greedy longest match in a trie of 65529 byte strings. Ids 1..256 are single bytes, 0 is eod."""
 
     spec = "world"
     vocab_size = 65536
@@ -90,12 +90,12 @@ class WorldTokenizer:
         return self._trie.encode(text)
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any bytes, without eod: UTF-8 as `encode` gives it, each byte that is none of it as its own id."""
-        # The package takes text alone. The pieces alternate: text, broken bytes, text, ...
-        pieces = _BROKEN_BYTES.split(data.decode("utf-8", errors="surrogateescape"))
+        """Return the ids of any bytes, without eod. Bytes that are not UTF-8 get their own id each."""
+        # The package encodes only text. The pieces alternate: text, invalid bytes, text, ...
+        pieces = _INVALID_BYTES.split(data.decode("utf-8", errors="surrogateescape"))
         ids = self.encode(pieces[0])
-        for broken, text in zip(pieces[1::2], pieces[2::2], strict=True):
-            ids += [ord(code) - 0xDC00 + 1 for code in broken]
+        for invalid, text in zip(pieces[1::2], pieces[2::2], strict=True):
+            ids += [ord(code) - 0xDC00 + 1 for code in invalid]
             ids += self.encode(text)
         return ids
 
@@ -103,13 +103,13 @@ class WorldTokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of `ids`. Never raises: an unknown id becomes U+FFFD in UTF-8."""
-        # The package's own decode panics, past `except Exception`, on unknown ids and on cut UTF-8.
+        """Return the bytes of `ids`. Never raises: an unknown id becomes U+FFFD in UTF-8."""
+        # The package's own decode panics (not an `Exception`) on unknown ids and incomplete UTF-8.
         return _join_bytes(self._table, ids)
 
     @cached_property
     def _table(self) -> list[bytes]:
-        """Bytes of each id. A line of the vocabulary file is `id literal length`, in the order of the ids."""
+        """The bytes of each id. The vocabulary file has lines `id literal length`, sorted by id."""
         table = [b""]  # id 0, eod
         for line in self._vocabulary.decode("utf-8").splitlines():
             token = ast.literal_eval(line[line.index(" ") + 1 : line.rindex(" ")])
@@ -118,7 +118,7 @@ class WorldTokenizer:
 
 
 class BytesTokenizer:
-    """One id per byte of UTF-8: id = byte + 1, 0 ends a document."""
+    """One id per byte of UTF-8: id = byte + 1, and 0 is eod."""
 
     spec = "bytes"
     vocab_size = 257
@@ -130,19 +130,19 @@ class BytesTokenizer:
         return self.encode_bytes(text.encode("utf-8"))
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any bytes, without eod."""
+        """Return the ids of any bytes, without eod."""
         return [byte + 1 for byte in data]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of `ids`. Never raises: an unknown id becomes U+FFFD in UTF-8."""
+        """Return the bytes of `ids`. Never raises: an unknown id becomes U+FFFD in UTF-8."""
         return _join_bytes(self._table, ids)
 
 
 class JsonTokenizer:
-    """A Hugging Face tokenizer.json. Text that spells a special token becomes that token, as everywhere with them."""
+    """A Hugging Face tokenizer.json. As in that library, text that spells a special token becomes this token."""
 
     def __init__(self, path: Path) -> None:
         self.spec = str(path)
@@ -150,7 +150,7 @@ class JsonTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.eod = _find_eod(path, vocabulary)
         self._known = frozenset(vocabulary.values())
-        self.vocab_size = max(self._known) + 1  # ids may leave holes, so a count would be too small
+        self.vocab_size = max(self._known) + 1  # a count would be too small if ids are missing
         self.identity = {"name": path.name, "sha256": hashlib.sha256(content).hexdigest()}
 
     def encode(self, text: str) -> list[int]:
@@ -170,10 +170,9 @@ def _join_bytes(table: Sequence[bytes], ids: Iterable[int]) -> bytes:
 
 
 def _read_tokenizer_json(path: Path) -> tuple[Any, bytes]:
-    """The `tokenizers.Tokenizer` in `path` and the content that decides its ids, in one canonical spelling.
+    """Return the `tokenizers.Tokenizer` in `path`, and its content as canonical JSON.
 
-    Truncation and padding are for batches of sentences: they would cut documents short in silence, so they are
-    taken out of both.
+    Truncation and padding are removed from both: they are for batches of sentences and would silently cut documents.
     """
     from tokenizers import Tokenizer as HuggingFaceTokenizer
 
@@ -181,7 +180,7 @@ def _read_tokenizer_json(path: Path) -> tuple[Any, bytes]:
         text = path.read_text(encoding="utf-8")
         tokenizer = HuggingFaceTokenizer.from_str(text)
     except Exception as error:  # the package raises plain Exception
-        raise DataError(str(path), "is not a tokenizer.json of Hugging Face tokenizers", found=error) from error
+        raise DataError(str(path), "not a Hugging Face tokenizer.json", found=error) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     content = {key: value for key, value in json.loads(text).items() if key not in ("truncation", "padding")}
@@ -194,7 +193,7 @@ def _find_eod(path: Path, vocabulary: Mapping[str, int]) -> int:
             return vocabulary[name]
     raise DataError(
         str(path),
-        "has no token that ends a document",
+        "no end-of-document token in the vocabulary",
         expected="one of " + " ".join(EOD_NAMES),
-        hint="Add one to the vocabulary, for instance with Tokenizer.add_special_tokens.",
+        hint="Add one, for example with Tokenizer.add_special_tokens.",
     )

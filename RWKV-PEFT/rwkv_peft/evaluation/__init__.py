@@ -1,1 +1,4 @@
-"""Measuring what a model has learned."""
+"""Measures how good a model is: its validation loss.
+
+May import adapted_model and the folders below it.
+"""

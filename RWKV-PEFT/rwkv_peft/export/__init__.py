@@ -1,4 +1,4 @@
-"""Merging an adapter into its base, and writing formats other programs read.
+"""Merges an adapter into its base model, and writes the formats that other programs read.
 
-Imports adapted_model and what is below it.
+May import adapted_model and the folders below it.
 """

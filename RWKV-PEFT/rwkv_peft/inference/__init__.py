@@ -1,1 +1,4 @@
-"""Using what was trained: merging into a plain `.pth`, and generating text."""
+"""Text generation with a base model, a merged model, or a base model and its adapter.
+
+May import adapted_model and the folders below it.
+"""

@@ -1,4 +1,4 @@
-"""Text from a model, token by token, the state carried along."""
+"""Generation of token ids, one at a time, with the model's recurrent state."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def generate(
     stop: int = 0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Yield the ids that follow `prompt`, until `stop` or `max_tokens`.
+    """Yield the ids that follow a prompt, until the id `stop` or `max_tokens` ids.
 
     Args:
         model: on any device.
         prompt: token ids, at least one.
-        temperature: 0 takes the likeliest token every time.
-        top_p: sample among the likeliest tokens whose probabilities reach this sum.
+        max_tokens: largest number of new ids.
+        temperature: divides the logits before sampling; 0 always takes the most likely id.
+        top_p: sample from the most likely ids, whose probabilities add up to this value.
         stop: id that ends the text; it is not yielded.
         seed: of the sampling.
     """
@@ -43,11 +44,11 @@ def generate(
 
 
 def sample_token(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One id from (V,) logits."""
+    """Draw one id from the distribution of (V,) logits; see `generate` for the arguments."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities = torch.softmax(logits / temperature, dim=-1)
     ordered, ids = probabilities.sort(descending=True)
-    # A token stays while the ones before it have not reached top_p; the first always stays.
+    # Keep an id if the ids before it have not reached top_p; always keep the first.
     ordered[1:][(ordered.cumsum(0) - ordered)[1:] >= top_p] = 0.0
     return int(ids[torch.multinomial(ordered, 1, generator=generator)])

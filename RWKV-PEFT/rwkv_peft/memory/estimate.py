@@ -1,8 +1,8 @@
-"""The memory that a run will need, from its flags alone.
+"""An estimate of the memory a run will need, from its flags and the base's shapes.
 
-Tensors of a step are counted by `allocations.py`; this adds what lives beside the step: moments, what a strategy
-copies or shares out, the base file while it is read. A device is a GPU, or one process on a CPU, where what counts is
-its resident memory above that of the imported program.
+`step_tensors.py` counts the tensors of a step. This file adds optimizer state, what a strategy copies or shards, and
+the base file while it is loaded. A device is a GPU, or one process on a CPU; on a CPU the estimate is the resident
+memory in addition to that of the imported program.
 """
 
 from __future__ import annotations
@@ -16,33 +16,30 @@ import torch
 from torch import nn
 
 from rwkv_peft.adapted_model import make_trainable
-from rwkv_peft.base_model import load_base, time_states
+from rwkv_peft.base_model import BaseModel
 from rwkv_peft.config.sections import RunConfig, TrainConfig
-from rwkv_peft.memory.allocator import LARGEST_ON_THE_HEAP, SMALLEST_OF_ITS_OWN
+from rwkv_peft.devices import UNSHARDED_BELOW, device_type, model_options, world_size
+from rwkv_peft.memory.allocator import LARGEST_ON_THE_HEAP, SMALLEST_MAPPED
 from rwkv_peft.memory.step_tensors import Step, count_step
 from rwkv_peft.model.init import add_time_state, large_matrices, model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.peft.injection import peft_layers
-from rwkv_peft.peft.methods.lisa import LisaConfig
-from rwkv_peft.peft.registry import method_of
-from rwkv_peft.peft.residual import DerivedLinear
-from rwkv_peft.training.distributed.strategy import WHOLE_BELOW, device_type, model_options, world_size
-from rwkv_peft.training.optim.lisa import BlockDraw
+from rwkv_peft.peft.residual import ResidualLoraLinear
 
 MOMENTS = 2
-"""Of AdamW, each as large as what trains and in its dtype."""
+"""Moments per trainable parameter in AdamW. Each moment has the size and dtype of the parameter."""
 
 PROCESS = {"cpu": 2**26, "cuda": 0}
-"""What a training process grows by beside its tensors."""
+"""Growth of a training process in addition to its tensors, in bytes."""
 
-BUCKET_NUMBERS = 200_000_000
-"""Of each of the two buffers in which DeepSpeed, as Lightning sets it, reduces gradients; fp32."""
+BUCKET_ELEMENTS = 200_000_000
+"""Elements (fp32) of each of the two buffers in which DeepSpeed reduces gradients, as Lightning configures it."""
 
-LIVE_NUMBERS = 1_000_000_000
-"""Of shared-out parameters that ZeRO-3, as Lightning sets it, keeps whole at a time."""
+LIVE_ELEMENTS = 1_000_000_000
+"""Elements of sharded parameters that ZeRO-3 keeps gathered at a time, as Lightning configures it."""
 
 ORTHOGONAL_COPIES = 3
-"""Matrices beside a new weight while it is made orthogonal."""
+"""Temporary copies of a weight while it is initialized as an orthogonal matrix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,17 +47,17 @@ class Expected:
     """Bytes on one device."""
 
     weights: int
-    """The model as it is held in training: what is frozen, and what trains."""
+    """The model during training: frozen and trainable parameters."""
     optimizer: int
-    """Moments, and what the strategy keeps of weights and gradients beside the model."""
+    """Moments, and the strategy's own copies of weights and gradients."""
     step: int
-    """The most beside these in a step: activations kept for backward, gradients, temporaries."""
+    """Peak of everything else in a step: activations kept for backward, gradients, temporaries."""
     loading: int
-    """The most before training, while the base is read or made."""
+    """Peak before training, while the base is loaded or created."""
     checkpoint: int
-    """Copies of what trains and of its moments, on a CPU: training goes on while they are written."""
+    """On a CPU: copies of trainable parameters and moments, which are written while training continues."""
     process: int
-    """The program's own growth."""
+    """Growth of the program itself."""
 
     @property
     def training(self) -> int:
@@ -71,29 +68,30 @@ class Expected:
         return max(self.training, self.loading + self.process)
 
 
-def expect(config: RunConfig) -> Expected:
-    """Count the memory of a run on one device, without allocating it.
+def expect(config: RunConfig, base: BaseModel | None = None) -> Expected:
+    """Estimate the memory of a run on one device, without allocating it.
 
     Args:
         config: resolved.
+        base: the open base file; None to train from scratch.
     Raises:
         ConfigError, CheckpointError: as the run itself would.
     """
     train, device = config.train, device_type(config.train)
-    model = model_as_held(config)
+    model = model_in_training(config, base)
     trained = _trained_bytes(model)
-    stage = int(train.strategy.removeprefix("deepspeed_stage_")[0]) if train.strategy.startswith("deepspeed") else 0
-    counted = count_step(lambda: model_as_held(config), _step(config, model, device, stage))
+    stage = train.zero_stage
+    counted = count_step(lambda: model_in_training(config, base), _step(config, model, device, stage))
     weights, loading = counted.weights, 0
     if device == "cpu":
-        kept_file, loading = _loading(config, model, counted.weights)
+        kept_file, loading = _loading(config, base, model)
         weights += kept_file
     world = world_size(train)
     moments = trained // 2 if config.optim.optim == "adam_8bit" else MOMENTS * trained
     optimizer, step = moments, counted.step
     if stage:
-        weights -= _shared_out(model, world) if stage == 3 else 0
-        offloads = train.strategy.endswith("offload") and device == "cuda"
+        weights -= _sharded(model, world) if stage == 3 else 0
+        offloads = train.offloads and device == "cuda"
         optimizer = _zero_bytes(trained, 0 if offloads else moments, world, stage, device)
     elif train.strategy == "ddp" or world > 1:
         optimizer += trained  # the buckets
@@ -108,14 +106,17 @@ def expect(config: RunConfig) -> Expected:
     )
 
 
-def model_on_its_way(config: RunConfig) -> RWKV6:
-    """The run's model on meta, with what trains: each parameter in the dtype that it has before it is quantised."""
+def planned_model(config: RunConfig, base: BaseModel | None = None) -> RWKV6:
+    """Return the run's model on the meta device (shapes without memory), with trainable parameters marked.
+
+    The dtypes are those before quantization.
+    """
     options = model_options(config.train)
-    if options["wkv_backend"] == "fla":  # its kernels run on real tensors only; it keeps much the same
+    if options["wkv_backend"] == "fla":  # its kernels need real tensors; another backend keeps about as much memory
         options["wkv_backend"] = "auto"
     model = model_on_meta(config.model, **options)
-    if config.train.load_model:
-        if time_states(load_base(config.train.load_model)):
+    if base is not None:
+        if base.has_time_state:
             add_time_state(model)
         large = large_matrices(model)
         for name, parameter in model.named_parameters():
@@ -125,13 +126,13 @@ def model_on_its_way(config: RunConfig) -> RWKV6:
     return model
 
 
-def model_as_held(config: RunConfig) -> RWKV6:
-    """The same, with those blocks frozen that LISA does not draw first."""
-    model = model_on_its_way(config)
-    if config.peft.peft == "lisa":
-        draw = BlockDraw(LisaConfig(**config.peft.peft_config), config.model.n_layer, config.data.random_seed)
-        for index in set(range(config.model.n_layer)) - draw.blocks(0):
-            model.blocks[index].requires_grad_(False)
+def model_in_training(config: RunConfig, base: BaseModel | None = None) -> RWKV6:
+    """Return the planned model as in the first step, with inactive blocks frozen (LISA)."""
+    model = planned_model(config, base)
+    active = config.peft.method.active_blocks(0, config.model.n_layer, config.data.random_seed)
+    for index, block in enumerate(model.blocks):
+        if active is not None and index not in active:
+            block.requires_grad_(False)
     return model
 
 
@@ -140,17 +141,17 @@ def _step(config: RunConfig, model: RWKV6, device: str, stage: int) -> Step:
     return Step(
         batch=data.micro_bsz,
         tokens=min(config.train.slice_tokens or data.ctx_len, data.ctx_len),
-        packed=data.dataload == "pack" and not model.has_time_state,  # together they are refused, later
+        packed=data.dataload == "pack" and not model.has_time_state,  # the run itself refuses both together
         device=device,
         quant=config.peft.quant,
         accumulates=config.optim.accumulate_grad_batches > 1,
         keeps_gradients=not stage,
-        mapped_from=SMALLEST_OF_ITS_OWN if saves_memory(config.train) else LARGEST_ON_THE_HEAP,
+        mapped_from=SMALLEST_MAPPED if saves_memory(config.train) else LARGEST_ON_THE_HEAP,
     )
 
 
 def saves_memory(train: TrainConfig) -> bool:
-    """Whether the run recomputes, to need less memory."""
+    """Whether the run recomputes activations to save memory."""
     return bool(train.grad_cp or train.slice_tokens)
 
 
@@ -159,7 +160,10 @@ def _trained_bytes(model: nn.Module) -> int:
 
 
 def _updating(model: nn.Module, trained: int, device: str) -> int:
-    """While AdamW updates: gradients, and temporaries, on a GPU of all parameters at once."""
+    """Return the bytes of gradients and temporaries during AdamW's update.
+
+    On a GPU, the temporaries of all parameters exist at the same time; on a CPU, those of one parameter.
+    """
     largest = max((p.nbytes for p in model.parameters() if p.requires_grad), default=0)
     return trained + (trained if device == "cuda" else 2 * largest)
 
@@ -168,37 +172,39 @@ def _updating(model: nn.Module, trained: int, device: str) -> int:
 
 
 def _zero_bytes(trained: int, moments: int, world: int, stage: int, device: str) -> int:
-    """What ZeRO keeps beside the model: its share of weights, moments and gradients in flat buffers of its own, the
-    gradients as they are made (stage 1), and the buckets that they are reduced in. Without moments, which the CPU has
-    then, the share of weights is the CPU's too."""
+    """Return the bytes that ZeRO keeps on a device in addition to the model.
+
+    These are the process's shard of weights, moments, and gradients in flat buffers, the buckets in which gradients are
+    reduced, and in stage 1 all gradients. With offload, `moments` is 0, because the shard of weights and moments is in
+    the CPU's memory.
+    """
     share, own = -(-trained // world), -(-(trained + moments if moments else 0) // world)
-    buckets = 2 * BUCKET_NUMBERS * 4
-    if device == "cpu":  # memory that is not written to does not count there
+    buckets = 2 * BUCKET_ELEMENTS * 4
+    if device == "cpu":  # a CPU's memory is used only after something is written to it
         buckets = min(buckets, trained)
     gradients = trained if stage == 1 else 0
     return own + 2 * share + gradients + buckets
 
 
-def _shared_out(model: nn.Module, world: int) -> int:
-    """What ZeRO-3 saves of the weights: others' shares of what is large, but for what is whole at a time."""
-    large = [p for p in model.parameters() if p.numel() > WHOLE_BELOW]
-    everything, numbers = sum(p.nbytes for p in large), sum(p.numel() for p in large)
-    whole = everything * min(1, LIVE_NUMBERS / max(1, numbers))
+def _sharded(model: nn.Module, world: int) -> int:
+    """Return the bytes that ZeRO-3 saves: other processes' shards of large parameters, minus the gathered ones."""
+    large = [p for p in model.parameters() if p.numel() > UNSHARDED_BELOW]
+    everything, elements = sum(p.nbytes for p in large), sum(p.numel() for p in large)
+    whole = everything * min(1, LIVE_ELEMENTS / max(1, elements))
     return int(everything * (1 - 1 / world) - whole)
 
 
 # ------------------------------------------------------------------------------------------------- start
 
 
-def _loading(config: RunConfig, model: nn.Module, held: int) -> tuple[int, int]:
-    """On a CPU: bytes of the base that stay beside the model in training, and the most before training.
+def _loading(config: RunConfig, base: BaseModel | None, model: nn.Module) -> tuple[int, int]:
+    """Return, for a CPU, the bytes of the base that stay in memory next to the model, and the peak before training.
 
-    A file's mapping is one piece: as long as one matrix of it is in use, all of it stays.
+    The file is mapped as a whole: it stays as long as one matrix of it is in use.
     """
-    path = config.train.load_model
-    if not path:
-        return _making(config, model, held)
-    file = load_base(path)
+    if base is None:
+        return _creating(config, model)
+    file = base.tensors
     mapped = sum(tensor.nbytes for tensor in file.values())
     parameters = dict(model.named_parameters())
     replaced = _replaced(config, model)
@@ -211,46 +217,52 @@ def _loading(config: RunConfig, model: nn.Module, held: int) -> tuple[int, int]:
 
 
 def _replaced(config: RunConfig, model: nn.Module) -> set[str]:
-    """The matrices in whose place the model holds others: quantised ones, or residuals."""
+    """Return the matrices that the model replaces by quantized ones or residuals."""
     layers = peft_layers(model)
     if config.peft.quant == "none":
-        return {f"{name}.weight" for name, layer in layers.items() if isinstance(layer, DerivedLinear)}
+        return {f"{name}.weight" for name, layer in layers.items() if isinstance(layer, ResidualLoraLinear)}
     plain = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "head"}
-    return {f"{name}.weight" for name in plain | {name for name, layer in layers.items() if not layer.looks_up}}
+    return {f"{name}.weight" for name in plain | {name for name, layer in layers.items() if not layer.is_embedding}}
 
 
 def _start_bytes(config: RunConfig, model: nn.Module) -> int:
-    """What a method holds before training: quantised matrices beside the full ones, residuals, gradients."""
+    """Return the bytes that are created before training, in addition to the base's weights.
+
+    These are quantized matrices, residuals, initial gradients, and adapters.
+    """
     replaced = _replaced(config, model)
     parameters = dict(model.named_parameters())
     layers = peft_layers(model).values()
-    gradients = sum(layer.weight.numel() * 4 for layer in layers if layer.needs_gradient)
+    gradients = sum(layer.weight.numel() * 4 for layer in layers if layer.config.gradient_samples)
     new = {"none": 1.0, "int8": 1 + 4 / 64}.get(config.peft.quant, 0.5 + 4 / 64)
-    numbers = sum(parameters[name].nbytes if new == 1 else parameters[name].numel() * new for name in replaced)
+    weights = sum(parameters[name].nbytes if new == 1 else parameters[name].numel() * new for name in replaced)
     adapters = sum(
         parameters[f"{n}.{a}"].nbytes for n, layer in peft_layers(model).items() for a in layer.adapter_names
     )
-    return int(gradients + numbers + adapters)
+    return int(gradients + weights + adapters)
 
 
-def _making(config: RunConfig, model: nn.Module, held: int) -> tuple[int, int]:
-    """The same for a base that is made here, in fp32; a run with an adapter keeps it, to save it."""
+def _creating(config: RunConfig, model: nn.Module) -> tuple[int, int]:
+    """Return the two values of `_loading` for a base that the run creates itself, in fp32.
+
+    A run with an adapter keeps this base in memory in order to save it.
+    """
     shape = config.model
     plain = model_on_meta(shape)
     whole = sum(p.nbytes for p in plain.parameters())
     largest = max(shape.vocab_size, shape.dim_ffn) * shape.n_embd * 4
     kept = 0
-    if config.train.train_type == "state" or not method_of(config.peft.peft).trains_base:
+    if config.train.train_type == "state" or not config.peft.method.trains_base:
         parameters = dict(model.named_parameters())
         kept = sum(parameters[name].nbytes for name in _replaced(config, model))
     return kept, max(whole + ORTHOGONAL_COPIES * largest, whole + _start_bytes(config, model))
 
 
-# -------------------------------------------------------------------------------------------- what there is
+# ---------------------------------------------------------------------------------------------- free memory
 
 
 def free_bytes(device: str) -> int | None:
-    """Memory that a new program could take on this kind of device; None where it cannot be known."""
+    """Return the memory that is free on this kind of device; None if unknown."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     try:
@@ -262,7 +274,7 @@ def free_bytes(device: str) -> int | None:
 
 
 def _group_limits() -> Iterator[int]:
-    """What a container leaves to this process (cgroup v2)."""
+    """Yield what a container leaves to this process (cgroup v2)."""
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / f"memory.{name}").read_text().strip() for name in ("max", "current"))
@@ -273,22 +285,33 @@ def _group_limits() -> Iterator[int]:
 
 
 @dataclass(frozen=True)
-class WayOut:
-    """Flags that need less."""
+class CheaperSetting:
+    """Flags with which the run needs less memory."""
 
     flags: str
     peak: int
-    """Bytes on one device with them."""
+    """Bytes on one device with these flags."""
 
 
-def ways_out(config: RunConfig, expected: Expected, most: int = 3) -> list[WayOut]:
-    """The changes of one flag that lower the peak by most, each counted like the run itself; the best first."""
+def cheaper_settings(
+    config: RunConfig, base: BaseModel | None, expected: Expected, most: int = 3
+) -> list[CheaperSetting]:
+    """Return settings that lower the peak by more than 5 %, lowest peak first.
+
+    Each setting changes one thing, sometimes with two flags. Its peak is estimated like that of the run itself.
+
+    Args:
+        config: resolved.
+        base: the open base file; None to train from scratch.
+        expected: the estimate for `config`.
+        most: maximum number of settings.
+    """
     found = []
     for flags, changed in _changes(config):
-        peak = expect(changed).peak
+        peak = expect(changed, base).peak
         if peak < 0.95 * expected.peak:
-            found.append(WayOut(flags, peak))
-    return sorted(found, key=lambda way: way.peak)[:most]
+            found.append(CheaperSetting(flags, peak))
+    return sorted(found, key=lambda setting: setting.peak)[:most]
 
 
 def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
@@ -298,7 +321,7 @@ def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     data, train, peft = config.data, config.train, config.peft
     if not train.grad_cp:
         yield "--grad_cp 1", changed("train", grad_cp=1)
-    if peft.quant == "none" and (train.train_type == "state" or not method_of(peft.peft).trains_base):
+    if peft.quant == "none" and (train.train_type == "state" or not peft.method.trains_base):
         yield "--quant nf4", changed("peft", quant="nf4")
     if data.micro_bsz > 1:
         yield "--micro_bsz 1", changed("data", micro_bsz=1)

@@ -1,8 +1,8 @@
-"""What a training step allocates, counted without allocating it.
+"""Counts what a training step allocates, without allocating it.
 
-The step itself runs, on fake tensors: shapes, dtypes and lifetimes are real, numbers and memory are not. So every
-method, checkpointing and the loss count as they are written, temporaries included, at any size, in about a second.
-What operators allocate inside (kernels' scratch, a library's packed matrices) is not seen; it is small.
+The step runs on fake tensors: shapes, dtypes and lifetimes are real, values and memory are not. So every method,
+checkpointing and the loss count exactly as they are written, including temporaries, at any size, in about a second.
+Memory inside operators (scratch of kernels, packed matrices of a library) is not counted; it is small.
 """
 
 from __future__ import annotations
@@ -21,55 +21,54 @@ from torch.utils._pytree import tree_leaves
 
 from rwkv_peft.memory.allocator import LARGEST_ON_THE_HEAP
 from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.peft.quantization import BLOCK, QuantizedWeight, quantise_base
+from rwkv_peft.peft.quantization import BLOCK, QuantizedWeight, quantize_base
 
 COUNTED_BLOCKS = (2, 3)
-"""Of equal blocks so many are run; all the rest is one straight line."""
+"""Numbers of blocks that are run if all blocks are equal; the memory of more blocks is extrapolated linearly."""
 
 HEAP_SHARE = 1.33
-"""What a block on the heap takes on a CPU, relative to its size. glibc cannot put an aligned block
-into a hole of its own size, and what a step keeps for longer lies between: measured after three steps, at blocks of 2
-to 4 MB (1.34 and 1.36 for blocks' activations), see docs/training.md."""
+"""Memory of an allocation on a CPU's heap, relative to its size.
+
+glibc cannot reuse a hole of exactly the same size for an aligned block, and longer-lived tensors fragment the heap.
+Measured after three steps with allocations of 2 to 4 MB: 1.34 and 1.36 for activations of blocks (docs/training.md).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One batch of a training run.
-
-    Every field but the shape decides when gradients exist.
-    """
+    """The batch of one training step, and how gradients are kept."""
 
     batch: int
     tokens: int
-    """Of each row."""
+    """Per row."""
     packed: bool = False
-    """Whether rows are of several texts."""
+    """Whether rows contain several documents."""
     device: str = "cpu"
     quant: str = "none"
     accumulates: bool = False
-    """Whether earlier batches' gradients are still there in the backward pass."""
+    """Whether gradients of earlier micro-batches exist during forward and backward."""
     keeps_gradients: bool = True
-    """Whether gradients stay where they arise, for the optimizer; DeepSpeed moves them away at once."""
+    """Whether gradients stay until the update; DeepSpeed moves them to its own buffers immediately."""
     mapped_from: int = LARGEST_ON_THE_HEAP
-    """Bytes from which a block on a CPU is not on the heap (allocator.py)."""
+    """Allocations of at least this many bytes are memory maps instead of heap blocks on a CPU (allocator.py)."""
 
 
 @dataclass(frozen=True)
 class Counted:
-    """Bytes."""
+    """The result, in bytes."""
 
     weights: int
-    """The model as it is held, what trains included."""
+    """The model, including trainable parameters."""
     step: int
-    """The most that exists beside it during forward, loss and backward, gradients included."""
+    """Peak of everything else during forward, loss and backward, including gradients."""
 
 
 def count_step(build: Callable[[], RWKV6], step: Step) -> Counted:
     """Count one step of a model.
 
     Args:
-        build: makes the model on meta, with its adapters, each parameter in the dtype that it will be held in, and
-            marked where it trains. It is called several times.
+        build: returns a new model on meta with adapters, final dtypes, and trainable parameters marked. It is called
+            several times.
         step: the batch.
     """
     model = build()
@@ -84,10 +83,10 @@ def count_step(build: Callable[[], RWKV6], step: Step) -> Counted:
 
 
 class Ledger(TorchDispatchMode):
-    """While it is on: the bytes of all living storages that were made under it, and the most there were.
+    """A dispatch mode that counts the bytes of all live storages created under it, and their peak.
 
     Args:
-        cost: what a storage of so many bytes takes.
+        cost: converts the size of a storage to the memory it takes.
     """
 
     def __init__(self, cost: Callable[[int], int] = int) -> None:
@@ -99,9 +98,9 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if given and not any(isinstance(tensor, FakeTensor) for tensor in given):
-            with unset_fake_temporarily():  # the state of a generator, say, which checkpointing puts back
+            with unset_fake_temporarily():  # such as the state of a random generator, which checkpointing restores
                 return func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.nonzero.default:  # how many tokens train is not known: all of them
+        if func is torch.ops.aten.nonzero.default:  # the number of tokens in the loss is unknown: assume all
             out = args[0].new_empty((args[0].numel(), args[0].dim()), dtype=torch.int64)
         else:
             out = func(*args, **(kwargs or {}))
@@ -111,7 +110,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def take_most(self) -> int:
-        """The most that lived since the last call."""
+        """Return the peak since the last call."""
         most, self.most = self.most, self.live
         return most
 
@@ -128,30 +127,30 @@ class Ledger(TorchDispatchMode):
 
 
 def _run(model: RWKV6, step: Step) -> tuple[int, dict[str, int]]:
-    """Bytes of the model as it is held; and the most beside it in each part of a step, by name.
+    """Return the bytes of the model, and the peak of everything else in each part of a step, by name.
 
-    Each part's is a straight line in the number of equal blocks: in backward what grows or shrinks from block to block
-    is largest in the last one or the first.
+    Each part is linear in the number of equal blocks, because memory that grows or shrinks from block to block during
+    backward is largest in the last or the first block.
     """
     ledger, parts = Ledger(), {}
 
     def end(part: str) -> None:
         parts[part] = max(parts.get(part, 0), ledger.take_most() - weights)
 
-    if step.quant != "none":  # bitsandbytes makes its tables of values on first use, and of real tensors
+    if step.quant != "none":  # bitsandbytes builds its code tables on first use, from real tensors
         QuantizedWeight(torch.zeros(1, BLOCK), step.quant)
     with FakeTensorMode(allow_non_fake_inputs=True), ledger:
-        _materialise(model, torch.device(step.device))
-        quantise_base(model, step.quant)
+        _materialize(model, torch.device(step.device))
+        quantize_base(model, step.quant)
         weights = ledger.live
         if step.device == "cpu":
             ledger.cost = partial(_on_the_heap, mapped_from=step.mapped_from)
         trained = [p for p in model.parameters() if p.requires_grad]
         ledger.take_most()
-        if step.keeps_gradients:
+        if step.keeps_gradients and step.accumulates:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-        else:
+        if not step.keeps_gradients:
             for parameter in trained:
                 parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
         _when_backward_reaches(model.blocks[0], lambda: end("last blocks"))
@@ -160,10 +159,7 @@ def _run(model: RWKV6, step: Step) -> tuple[int, dict[str, int]]:
         end("forward")
         loss = model.loss(hidden, batch["targets"], batch["loss_mask"])
         end("loss")
-        if not step.accumulates:  # the loop clears them only now
-            for parameter in trained:
-                parameter.grad = None
-        del hidden, states  # as when training_step has returned
+        del hidden, states  # as when `forward` has returned
         ledger.take_most()
         loss.backward()
         end("first block")
@@ -191,8 +187,8 @@ def _batch(step: Step) -> Mapping[str, Tensor]:
     return batch | ({"starts": rows(torch.bool)} if step.packed else {})
 
 
-def _materialise(model: nn.Module, device: torch.device) -> None:
-    """Move the parameters and buffers from meta to a device, in place; under FakeTensorMode that takes no memory."""
+def _materialize(model: nn.Module, device: torch.device) -> None:
+    """Move parameters and buffers from meta to a device, in place. Under FakeTensorMode this takes no memory."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -210,7 +206,7 @@ def _with_blocks(model: RWKV6, count: int) -> RWKV6:
 
 
 def _blocks_are_equal(model: RWKV6) -> bool:
-    """Whether all blocks hold and train the same; the first has a norm more."""
+    """Whether all blocks have the same parameters, apart from the first block's additional norm."""
     kinds = {
         tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in block.named_parameters() if name[:4] != "ln0.")
         for block in model.blocks

@@ -1,4 +1,4 @@
-"""Making a model: RWKV-LM's initial weights, or a checkpoint's."""
+"""Creates a model with RWKV-LM's initial weights, or with the weights of a base model file."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ from rwkv_peft.config.sections import ModelConfig
 from rwkv_peft.model.rwkv6 import RWKV6, ChannelMix, TimeMix
 
 ZERO_LINEARS = ("att.output", "ffn.value", "ffn.receptance")
-"""Linear layers that start at zero, so that every block starts as the identity."""
+"""Linear layers that are initialized with zeros, so that every block starts as the identity."""
 SMALL_LINEARS = ("att.key", "att.gate")
-"""Linear layers that start as a tenth of an orthogonal matrix."""
+"""Linear layers that are initialized with 0.1 times an orthogonal matrix."""
 
 
 def model_on_meta(config: ModelConfig, **options) -> RWKV6:
-    """The model's names and shapes without memory for its weights; options as for RWKV6."""
+    """Create a model on the meta device: names and shapes only, without memory for weights. Options as for RWKV6."""
     with torch.device("meta"):
         return RWKV6(config, **options)
 
 
 def model_from_state(config: ModelConfig, state: Mapping[str, Tensor], path: str | Path, **options) -> RWKV6:
-    """A model that takes over the checkpoint's tensors (no copy where the dtype stays).
+    """Create a model that uses the tensors of `state`, copied only if their dtype changes.
 
-    The large matrices are stored in the activations' dtype; vectors and low-rank factors, a small part, in fp32.
+    The large matrices are stored in the activations' dtype. Vectors and low-rank factors, which are small, are stored
+    in fp32.
 
+    Args:
+        config: resolved shape.
+        state: the tensors of a base model file.
+        path: the file's name, for error messages.
+        options: as for RWKV6.
     Raises:
-        CheckpointError: names or shapes do not fit exactly.
+        CheckpointError: names or shapes differ from the model's.
     """
     model = model_on_meta(config, **options)
     if time_states(state):
@@ -44,7 +50,7 @@ def model_from_state(config: ModelConfig, state: Mapping[str, Tensor], path: str
 
 
 def add_time_state(model: RWKV6) -> None:
-    """Give every block a WKV state that texts begin with, zeros in fp32, where it has none yet; in place."""
+    """Add an initial WKV state (zeros in fp32) to every block that has none, in place."""
     for block in model.blocks:
         att = block.att
         if att.time_state is None:
@@ -53,7 +59,7 @@ def add_time_state(model: RWKV6) -> None:
 
 
 def model_from_scratch(config: ModelConfig, seed: int, **options) -> RWKV6:
-    """A model with RWKV-LM's initial weights, the same for the same seed; fp32."""
+    """Create a model with RWKV-LM's initial weights in fp32. The same seed gives the same weights."""
     generator = torch.Generator().manual_seed(seed)
     model = model_on_meta(config, **options).to_empty(device="cpu")
     with torch.no_grad():
@@ -66,12 +72,12 @@ def model_from_scratch(config: ModelConfig, seed: int, **options) -> RWKV6:
 
 
 def large_matrices(model: RWKV6) -> set[str]:
-    """The names of the weights that `model_from_state` stores in the activations' dtype."""
+    """Return the names of the weights that `model_from_state` stores in the activations' dtype."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
 
 
 def _depth(layer: int, config: ModelConfig) -> tuple[float, float]:
-    """(0 in the first layer to 1 in the last, 1 in the first to almost 0 in the last)."""
+    """Return RWKV-LM's two ratios: one rises from 0 in the first layer to 1 in the last; the other falls from 1."""
     return layer / max(1, config.n_layer - 1), 1.0 - layer / config.n_layer
 
 

@@ -1,7 +1,7 @@
-"""RWKV-6 x060 with the public names, shapes and order of its parameters.
+"""RWKV-6 (x060). Names, shapes and order of the parameters are those of RWKV-LM.
 
 Letters: B batch, T tokens, C n_embd, A dim_att, F dim_ffn, H heads, N head size, V vocabulary.
-Parameters are registered in RWKV-LM's order, since the `rwkv` package reads the head count off it.
+The order matters: the `rwkv` package derives the number of heads from it.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from rwkv_peft.ops.products import linear
 from rwkv_peft.ops.wkv6.op import wkv6, wkv6_step
 
 LN_X_EPS = 64e-5
-"""1e-5 x head_size_divisor^2, with RWKV-LM's divisor of 8."""
+"""Epsilon of the GroupNorm ln_x: 1e-5 x head_size_divisor^2, with RWKV-LM's divisor of 8."""
 
 
 class Linear(nn.Linear):
-    """A bias-free linear layer whose weight may be wider than its input (fp32 master weights under bf16)."""
+    """A linear layer without bias, whose weight may be wider than its input (fp32 master weights under bf16)."""
 
     plain_product = True
-    """Its forward is its own, but does no more than the product: an adapter may take its place."""
+    """Tells `peft` that this class's own `forward` computes only the product, so an adapter may replace the layer."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        """Weights are loaded, or initialised by init.py: nothing to do here."""
+        """Do nothing: init.py loads or initializes the weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm in the input's dtype; its statistics are fp32 inside."""
+    """LayerNorm with results in the input's dtype; statistics are computed in fp32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class TimeMix(nn.Module):
-    """Attention's counterpart: data-dependent token shift, five projections, the WKV6 recurrence, gate."""
+    """The counterpart of attention: data-dependent token shift, five projections, the WKV6 recurrence, and a gate."""
 
     def __init__(self, config: ModelConfig, wkv_backend: str = "auto") -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class TimeMix(nn.Module):
         self.time_decay_w1 = nn.Parameter(torch.empty(c, config.time_decay_rank))
         self.time_decay_w2 = nn.Parameter(torch.empty(config.time_decay_rank, a))
         self.time_faaaa = nn.Parameter(torch.empty(config.n_head, config.head_size))
-        self.register_parameter("time_state", None)  # (H, N, N), [value][key]: what every text begins with
+        self.register_parameter("time_state", None)  # (H, N, N), [value][key]: tuned initial state
         self.receptance = Linear(c, a)
         self.key = Linear(c, a)
         self.value = Linear(c, a)
@@ -71,10 +71,14 @@ class TimeMix(nn.Module):
     def forward(
         self, x: Tensor, shift: Tensor, wkv_state: Tensor | None, starts: Tensor | None = None, in_place: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, C), shift (B, C), wkv_state (B, H, N, N), starts (B, T) -> (y (B, T, C), shift, wkv_state).
+        """Return (y (B, T, C), shift, wkv_state).
 
-        Without a wkv_state a text begins, with the tuned state where there is one. `in_place` (T = 1, no gradients)
-        writes the new wkv_state over the old one.
+        Args:
+            x: (B, T, C).
+            shift: (B, C), the input of the token before x.
+            wkv_state: (B, H, N, N); None at the beginning of a text, which uses the tuned initial state if it exists.
+            starts: (B, T) bool; see `RWKV6.hidden`.
+            in_place: overwrite wkv_state with the new state (T = 1, no gradients).
         """
         if wkv_state is None and self.time_state is not None:
             wide = torch.promote_types(x.dtype, torch.float32)
@@ -94,23 +98,23 @@ class TimeMix(nn.Module):
         return self.output(y), _last(x), wkv_state
 
     def _mix(self, x: Tensor, shift: Tensor, starts: Tensor | None) -> tuple[Tensor, ...]:
-        """The inputs of decay, key, value, receptance and gate, each (B, T, C)."""
+        """Return the inputs of decay, key, value, receptance and gate, each (B, T, C)."""
         maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
         amounts = torch.cat(maa).flatten(1)  # (5, C)
         return ddlerp(x, shift, self.time_maa_x.flatten(), self.time_maa_w1, amounts, self.time_maa_w2, starts)
 
     def _decay(self, xw: Tensor) -> Tensor:
-        """w of exp(-exp(w)), (B, T, A), in fp32 or wider."""
+        """Return w, (B, T, A), of the decay exp(-exp(w)), in fp32 or wider."""
         return decay(xw, self.time_decay.flatten(), self.time_decay_w1, self.time_decay_w2)
 
 
 def _last(x: Tensor) -> Tensor:
-    """The last token's, (B, C), of x (B, T, C), in memory of its own: a state must not keep all of x alive."""
+    """Return the last token of x (B, T, C) as (B, C). A copy, so that a state does not keep all of x in memory."""
     return x[:, -1].clone()
 
 
 class ChannelMix(nn.Module):
-    """The feed-forward layer: squared ReLU, gated by a receptance, on a token shift."""
+    """The feed-forward layer: token shift, squared ReLU, and a receptance gate."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -121,7 +125,7 @@ class ChannelMix(nn.Module):
         self.value = Linear(config.dim_ffn, config.n_embd)
 
     def forward(self, x: Tensor, shift: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, T, C), shift (B, C), starts (B, T) -> (y (B, T, C), shift)."""
+        """Return (y (B, T, C), shift); x is (B, T, C), shift (B, C), starts (B, T)."""
         xk, xr = shift_lerp(x, shift, torch.cat((self.time_maa_k, self.time_maa_r)).flatten(1), starts)
         k = self.key(xk)  # (B, T, F)
         r = self.receptance(xr)  # (B, T, C)
@@ -129,7 +133,7 @@ class ChannelMix(nn.Module):
 
 
 class Block(nn.Module):
-    """Time-mix and channel-mix with pre-norm residuals; the first block also normalises the embedding."""
+    """Time-mix and channel-mix with pre-norm residuals. The first block also normalizes the embedding."""
 
     def __init__(self, config: ModelConfig, layer: int, wkv_backend: str = "auto") -> None:
         super().__init__()
@@ -143,7 +147,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, state: LayerState, starts: Tensor | None = None, in_place: bool = False
     ) -> tuple[Tensor, LayerState]:
-        """x (B, T, C), starts (B, T) -> (x, state after the last token). `in_place` as in TimeMix."""
+        """Return (x, state after the last token); x is (B, T, C), starts (B, T). `in_place` as in TimeMix."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         y, att_shift, wkv = self.att(self.ln1(x), state.att_shift, state.wkv, starts, in_place)
@@ -153,13 +157,13 @@ class Block(nn.Module):
 
 
 class RWKV6(nn.Module):
-    """The language model: token ids (B, T) -> logits (B, T, V), and the state after them.
+    """The language model: maps token ids (B, T) to logits (B, T, V) and the state after the last token.
 
     Args:
         config: resolved shape.
-        dtype: of the activations; parameters may be wider.
-        grad_cp: recompute every block in the backward pass.
-        wkv_backend: see ops.wkv6.
+        dtype: dtype of the activations; parameters may have a wider one.
+        grad_cp: recompute every block in the backward pass (gradient checkpointing).
+        wkv_backend: one of `ops.wkv6.op.BACKENDS`.
     """
 
     def __init__(
@@ -176,19 +180,19 @@ class RWKV6(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, wkv_backend) for layer in range(config.n_layer))
         self.ln_out = LayerNorm(config.n_embd)
         self.head = Linear(config.n_embd, config.vocab_size)
-        self.register_parameter("prompt", None)  # (P, C), vectors that every text begins with (peft/methods/prompt.py)
+        self.register_parameter("prompt", None)  # (P, C), a tuned prefix of every text (peft/methods/prompt.py)
 
     def forward(self, ids: Tensor, state: ModelState | None = None) -> tuple[Tensor, ModelState]:
-        """ids (B, T) int64 -> (logits (B, T, V) in the activations' dtype, state). T >= 1, any batch."""
+        """Return (logits (B, T, V) in the activations' dtype, state) for ids (B, T) int64 with T >= 1."""
         x, state = self.hidden(ids, state)
         return self.head(x), state
 
     @torch.no_grad()
     def step(self, ids: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
-        """`forward` for the next token of a text being generated: ids (B, 1), and `state` is used up.
+        """Compute `forward` for one more token, ids (B, 1), and overwrite `state`, as in generation. No gradients.
 
-        Its memory becomes the new state's: of the old one nothing may be read again. Give it a state that an earlier
-        forward or step returned, and keep no other reference.
+        The new state reuses the memory of the old one, so do not read the old state again. Pass a state that an earlier
+        `forward` or `step` returned, and keep no other reference to it.
         """
         x = self.emb(ids).to(self.dtype)
         after = []
@@ -200,17 +204,19 @@ class RWKV6(nn.Module):
     def hidden(
         self, ids: Tensor, state: ModelState | None = None, starts: Tensor | None = None
     ) -> tuple[Tensor, ModelState]:
-        """The head's input, (B, T, C), and the state. Without a state, the text begins with the prompt.
+        """Return the head's input, (B, T, C), and the state after the last token.
 
         Args:
             ids: (B, T) int64.
-            state: before the first token; None is that of an empty text.
-            starts: (B, T) bool, for rows of several texts: set where one begins, which then sees nothing of what is
-                before it, `state` included. The output before a start is not that of the text alone (`wkv6` has the
-                reason): leave it out of the loss, as its target is the first token of another text.
+            state: the state before the first token. None means the beginning of a text, with the tuned prompt or the
+                tuned initial state if the model has one.
+            starts: (B, T) bool, for rows that hold several texts: True for the first token of a text. A text does not
+                depend on the tokens before its start, nor on `state`. The last token of each text has a different
+                output than without packing (see `wkv6`). Its target is the first token of the next text, so exclude it
+                from the loss.
         Raises:
-            ValueError: starts does not fit ids, or the model has a prompt or a tuned state, which only the first of
-                several texts would begin with.
+            ValueError: starts does not match ids, or the model has a tuned prompt or a tuned initial state, which only
+                the first text of each row would use.
         """
         if starts is not None:
             self._check_starts(ids, starts)
@@ -223,7 +229,7 @@ class RWKV6(nn.Module):
         after = []
         for block, before in zip(self.blocks, state, strict=True):
             if self.grad_cp and torch.is_grad_enabled():
-                # Reentrant checkpointing trains silently wrong below a frozen embedding.
+                # With a frozen embedding, reentrant checkpointing gives wrong gradients without an error.
                 x, layer_state = checkpoint(block, x, before, starts, use_reentrant=False)
             else:
                 x, layer_state = block(x, before, starts)
@@ -234,17 +240,20 @@ class RWKV6(nn.Module):
         if starts.shape != ids.shape or starts.dtype != torch.bool:
             raise ValueError(f"starts must be bool {tuple(ids.shape)}; found {starts.dtype} {tuple(starts.shape)}")
         if self.prompt is not None:
-            raise ValueError("a row of several texts cannot have the prompt before each: give each a row of its own")
+            raise ValueError("a tuned prompt cannot be used with several texts in a row; use one text per row")
         if self.has_time_state:
-            raise ValueError("several texts in a row cannot each begin with the tuned state: give each its own row")
+            raise ValueError("a tuned initial state cannot be used with several texts in a row; use one text per row")
 
     @property
     def has_time_state(self) -> bool:
-        """Whether texts begin with a state that state tuning learned."""
+        """Whether the model has a tuned initial state (state tuning)."""
         return self.blocks[0].att.time_state is not None
 
     def loss(self, hidden: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """Mean loss over the trained tokens, L2Wrap included: hidden (B, T, C), targets and mask (B, T) -> scalar."""
+        """Return the mean loss over the tokens in the mask, including L2Wrap's gradient.
+
+        hidden is (B, T, C), targets (B, T) int64, mask (B, T) bool; the result is a scalar.
+        """
         if isinstance(self.head, nn.Linear):
             return linear_cross_entropy(hidden, self.head.weight, targets, mask)
         return head_cross_entropy(hidden, self.head, targets, mask)

@@ -1,15 +1,15 @@
-"""Compile and load the C++ and CUDA operators, on first use.
+"""Compiles and loads the C++ and CUDA operators on first use.
 
-The sources lie in `<package>/_csrc` when installed and in `<clone>/cuda` in a clone. What is built goes to PyTorch's
-extensions folder (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), named by a hash of all that shapes it.
+The sources are in `<package>/_csrc` (installed package) or `<clone>/cuda` (clone). Libraries are built in PyTorch's
+extensions folder (TORCH_EXTENSIONS_DIR, or ~/.cache/torch_extensions). A library's folder is named by a hash of its
+sources, compiler, flags and PyTorch version, so a change of any of them triggers a new build.
 
-    python -m rwkv_peft.ops.build    build or find the operators of the CPU
+    python -m rwkv_peft.ops.build    build the CPU operators, or find an existing build
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import logging
@@ -26,12 +26,15 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from rwkv_peft.console import say
+from rwkv_peft.files import file_lock
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Library:
-    """One shared library. Its sources lie in one folder, beside the headers they include."""
+    """One shared library. Its sources, and the headers they include, are in one folder of cuda/."""
 
     folder: str
     sources: tuple[str, ...]
@@ -39,47 +42,47 @@ class Library:
 
 
 LIBRARIES = {
-    "wkv6": Library(
-        "wkv6", ("wkv6_op.cpp", "wkv6_cpu.cpp", "wkv6_cpu_avx512.cpp", "wkv6_cpu_avx2.cpp", "wkv6_cpu_plain.cpp")
-    ),
+    "wkv6": Library("wkv6", ("wkv6_op.cpp", "cpu/device.cpp", "cpu/avx512.cpp", "cpu/avx2.cpp", "cpu/plain.cpp")),
     "bone": Library("bone", ("bone_op.cpp", "bone_plain.cpp", "bone_avx2.cpp", "bone_avx512.cpp")),
     "mix": Library("mix", ("mix_op.cpp", "mix_avx512.cpp", "mix_avx2.cpp", "mix_plain.cpp")),
-    "wkv6_cuda": Library("wkv6", ("wkv6_cuda_op.cpp", "wkv6_cuda.cu"), needs_cuda=True),
+    "wkv6_cuda": Library("wkv6", ("gpu/op.cpp", "gpu/device.cu"), needs_cuda=True),
 }
 
-# No -march: the sources name the instruction sets they are compiled for, and the one to run is chosen when it runs, so
-# that machines of several kinds can share a build.
-# Not -ffast-math: it lets the compiler assume that no inf or NaN occurs. These two only drop errno and FP traps.
-# -fopenmp is missing from the link on purpose: the symbols then resolve to the OpenMP that PyTorch has loaded, and
-# both share one pool of threads.
+# No -march: each source names the instruction set it is compiled for, and the best one is chosen at run time. Machines
+# with different processors can therefore share a build.
+# No -ffast-math: it lets the compiler assume that inf and NaN do not occur. The two flags below only disable errno and
+# floating-point traps.
+# The linker does not get -fopenmp: the symbols then resolve to the OpenMP runtime that PyTorch has loaded, and both
+# share one thread pool.
 CXX_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
 NVCC_FLAGS = ("-O3", "-std=c++20")
 
 
 def source_dir() -> Path:
-    """The folder of C++ and CUDA sources.
+    """Return the folder with the C++ and CUDA sources.
 
     Raises:
-        FileNotFoundError: neither an installed package nor a clone.
+        FileNotFoundError: the sources are neither in the installed package nor in a clone.
     """
     package = Path(__file__).resolve().parents[1]
     candidates = (package / "_csrc", package.parents[1] / "cuda")
     for folder in candidates:
         if (folder / "wkv6").is_dir():
             return folder
-    raise FileNotFoundError(f"no C++ sources in {' or '.join(map(str, candidates))}")
+    raise FileNotFoundError(f"no C++ sources found in {' or '.join(map(str, candidates))}")
 
 
 @functools.cache
 def load_library(name: str) -> str | None:
-    """Load one of `LIBRARIES` into this process, building it if no finished build fits.
+    """Load one of `LIBRARIES` into this process; build it first if there is no matching build.
 
     Returns:
-        None when it is loaded, else the reason in one line: no compiler, no nvcc, the compiler's first errors.
+        None if the library is loaded. Otherwise the reason in one line, such as a missing compiler or the compiler's
+        first errors.
     """
     library = LIBRARIES[name]
     if library.needs_cuda and not torch.cuda.is_available():
-        return "this PyTorch sees no CUDA device"
+        return "PyTorch finds no CUDA device"
     try:
         folder = _build_folder(name, library)
         if not _finished(folder):
@@ -95,24 +98,24 @@ def load_library(name: str) -> str | None:
 
 def _missing_tool(library: Library) -> str | None:
     if library.needs_cuda and find_nvcc() is None:
-        return "no CUDA compiler: nvcc is neither on PATH nor under CUDA_HOME"
+        return "no CUDA compiler: nvcc is not on PATH and not in CUDA_HOME/bin"
     return missing_compiler()
 
 
 def missing_compiler() -> str | None:
-    """Why there is no C++ compiler; None where there is one."""
+    """Return an error message if there is no C++ compiler, otherwise None."""
     if shutil.which(_compiler()) is None:
-        return f"no C++ compiler: {_compiler()!r} is not on PATH (Debian: apt install g++; or set CXX)"
+        return f"no C++ compiler: {_compiler()!r} is not on PATH (install g++, or set CXX to your compiler)"
     return None
 
 
 def _build(library: Library, folder: Path) -> None:
-    """Build in `folder` unless another process just did."""
+    """Build the library in `folder`, unless another process has finished it in the meantime."""
     folder.mkdir(parents=True, exist_ok=True)
     with only_builder(folder), ninja_on_path():
         if _finished(folder):
             return
-        logger.warning("note: building the operator %s (some 10 s, once)", folder.name)
+        logger.warning("note: compiling the operator %s (once, about 30 seconds)", folder.name)
         cpp_extension.load(
             folder.name,
             [str(source_dir() / library.folder / source) for source in library.sources],
@@ -125,7 +128,7 @@ def _build(library: Library, folder: Path) -> None:
 
 
 def _finished(folder: Path) -> bool:
-    """Whether the library is whole: the marker is written last, a killed linker leaves half a file without it."""
+    """Whether the build is complete. The marker is written last, so a build that was killed does not have it."""
     return (folder / "finished").exists()
 
 
@@ -135,11 +138,12 @@ def _build_folder(name: str, library: Library) -> Path:
 
 
 def _fingerprint(library: Library) -> str:
-    """A hash of everything that shapes the library, so that a stale build is never taken for a fresh one."""
+    """Return a hash of everything that affects the library, so that an outdated build is never loaded."""
     digest = hashlib.sha256()
-    sources = [*source_dir().glob("*.h"), *(source_dir() / library.folder).iterdir()]  # headers are not listed anywhere
+    root = source_dir()
+    sources = [*root.glob("*.h"), *(root / library.folder).rglob("*.*")]  # includes the headers
     for path in sorted(sources):
-        digest.update(path.name.encode() + path.read_bytes())
+        digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
     facts = [torch.__version__, _compiler(), *CXX_FLAGS, platform.machine()]
     if library.needs_cuda:
         capability = torch.cuda.get_device_capability()
@@ -149,25 +153,25 @@ def _fingerprint(library: Library) -> str:
 
 
 def _compiler() -> str:
-    return os.environ.get("CXX", "c++")  # as torch.utils.cpp_extension chooses it
+    return os.environ.get("CXX", "c++")  # the same choice as torch.utils.cpp_extension
 
 
 @contextlib.contextmanager
 def only_builder(folder: Path) -> Iterator[None]:
-    """Let one process build at a time, and get past a lock whose owner was killed.
+    """Let one process build at a time, and ignore the lock of a killed process.
 
-    PyTorch's own lock is a file that its owner removes: left by a killed process, it makes every later one wait for
-    ever. The kernel drops an flock with its owner, so while we hold ours, a `lock` file can only be such a leftover.
+    PyTorch's own lock is a file that its owner removes. If the owner is killed, the file stays and every later process
+    waits forever. The operating system releases an flock when its owner ends, so while we hold ours, an existing `lock`
+    file must be left over from a killed process.
     """
-    with open(folder / "builder", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with file_lock(folder / "builder", wait=True):
         (folder / "lock").unlink(missing_ok=True)
         yield
 
 
 @contextlib.contextmanager
 def ninja_on_path() -> Iterator[None]:
-    """pip puts ninja beside the interpreter, which is not on PATH unless the environment was activated."""
+    """Add the interpreter's folder to PATH: pip installs ninja there, and the environment may not be activated."""
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join((before, str(Path(sys.executable).parent)))
     try:
@@ -177,7 +181,7 @@ def ninja_on_path() -> Iterator[None]:
 
 
 def first_errors(output: str, limit: int = 2) -> str:
-    """The compiler's first errors out of ninja's output, or its last line."""
+    """Return the compiler's first errors from ninja's output, or the last line if there are none."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if re.search(r"\b(fatal )?error\b", line, re.IGNORECASE)]
     compiler_errors = [line for line in errors if re.search(r":\d+.*error", line)]
@@ -185,15 +189,16 @@ def first_errors(output: str, limit: int = 2) -> str:
 
 
 def find_nvcc() -> str | None:
-    """nvcc of CUDA_HOME, else of PATH."""
+    """Return the path of nvcc from CUDA_HOME, otherwise from PATH; None if there is none."""
     home = os.environ.get("CUDA_HOME")
     return (home and shutil.which("nvcc", path=str(Path(home) / "bin"))) or shutil.which("nvcc")
 
 
 def main() -> int:
+    """Load every CPU library and print the result. Return 1 if one of them failed."""
     reasons = {name: load_library(name) for name, library in LIBRARIES.items() if not library.needs_cuda}
     for name, reason in reasons.items():
-        print(f"{name}: {reason or 'built and loaded'}")
+        say(f"{name}: {reason or 'built and loaded'}")
     return int(any(reasons.values()))
 
 

@@ -1,8 +1,9 @@
-"""The training loss with the head inside it: cross-entropy over the trained tokens, and RWKV-LM's L2Wrap.
+"""The training loss: cross-entropy over the tokens in the loss, with RWKV-LM's L2Wrap.
 
-With 65,536 logits a token, logits and their gradient are by far the largest tensors of a step. Here they exist for
-a few rows at a time, rows that do not train are left out, and the gradients are made in the forward pass, while the
-logits are there.
+`masked_cross_entropy` is the definition. The other two functions also apply the model's head. With 65,536 logits per
+token, the logits and their gradient would be the largest tensors of a training step by far. These functions compute
+logits for a few rows at a time and skip rows that are not in the loss. They compute the gradients in the forward pass,
+while the logits exist.
 """
 
 from __future__ import annotations
@@ -10,32 +11,54 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from rwkv_peft.ops.products import in_own_dtype, product_dtype, times, times_transposed
-from rwkv_peft.ops.wkv6.reference import L2WRAP
+
+L2WRAP = 1e-4
+"""L2Wrap's factor: RWKV-LM adds this times the largest logit of each token to that logit's gradient."""
 
 CHUNK_LOGITS = 2**25
-"""Logits that exist at a time: 128 MB in fp32, 512 rows of the World vocabulary."""
-
+"""Number of logits that exist at the same time: 128 MB in fp32, 512 rows with the World vocabulary."""
 
 HEAD_ROWS = 512
-"""Rows that go through a head with an adapter at a time."""
+"""Number of rows that pass through a head with an adapter at the same time."""
+
+
+def masked_cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the tokens selected by `mask`, computed in fp32 or wider.
+
+    The gradient includes RWKV-LM's L2Wrap: 1e-4 times the largest logit of each token, averaged over the tokens in the
+    loss, which moves that logit towards 0. The value of the loss does not include it.
+
+    Args:
+        logits: (B, T, V).
+        targets: (B, T) int64.
+        mask: (B, T) bool; the loss is 0 if no token is selected.
+    Returns:
+        A scalar.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")  # (B*T,)
+    pull = 0.5 * L2WRAP * logits.amax(-1).flatten().square()  # its gradient is 1e-4 x the largest logit
+    weight = mask.flatten().to(loss.dtype)
+    return ((loss + pull - pull.detach()) * weight).sum() / weight.sum().clamp(min=1)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """`reference.masked_cross_entropy(hidden @ weight.T, targets, mask)`, without the logits of all tokens.
+    """Return `masked_cross_entropy(hidden @ weight.T, targets, mask)` without storing the logits of all tokens.
 
-    Products are in hidden's dtype or wider (ops/products.py), softmax, log-sum-exp and the loss in fp32 or wider. Twice
-    differentiable it is not.
+    Products use hidden's dtype or a wider one (ops/products.py). Softmax, log-sum-exp and the loss use fp32 or wider.
+    There is no second derivative.
 
     Args:
         hidden: (B, T, C), the head's input.
-        weight: (V, C), the head's; may be wider than hidden (fp32 master weights).
+        weight: (V, C), the head's weight; may be wider than hidden (fp32 master weights).
         targets: (B, T) int64.
-        mask: (B, T) bool, True where the target trains; no trained token at all gives 0.
+        mask: (B, T) bool, True for targets in the loss; the loss is 0 if there are none.
     Returns:
         A scalar, in fp32 or wider.
     """
@@ -45,11 +68,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, mask: 
 
 
 def head_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, mask: Tensor) -> Tensor:
-    """The same loss through a head that is more than a matrix, one that carries an adapter.
+    """Return the same loss for a head that is not a single matrix, such as one with an adapter.
 
-    Its logits exist for a few rows at a time as well, and are computed again in the backward pass.
+    The logits also exist for a few rows at a time only, and the backward pass computes them again.
 
-    Args and returns as `linear_cross_entropy`, with head: (R, C) -> (R, V).
+    Args and returns as for `linear_cross_entropy`, with head: (R, C) -> (R, V).
     """
     rows = mask.flatten().nonzero().squeeze(1)  # (R,)
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
@@ -60,22 +83,25 @@ def head_cross_entropy(hidden: Tensor, head: Callable[[Tensor], Tensor], targets
 
     loss = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     for part in _parts(rows, len(hidden)):
-        counts = share
-        if not len(part):
-            part, counts = torch.zeros_like(targets[:1]), 0.0
-        loss = loss + checkpoint(part_loss, hidden[part], targets[part], counts, use_reentrant=False)
+        part_share = share
+        if not len(part):  # call the head all the same: under ZeRO-3 the other processes may call it now
+            part, part_share = torch.zeros_like(targets[:1]), 0.0
+        loss = loss + checkpoint(part_loss, hidden[part], targets[part], part_share, use_reentrant=False)
     return loss
 
 
 def _parts(rows: Tensor, total: int) -> tuple[Tensor, ...]:
-    """The rows that train, by stretches of HEAD_ROWS of all rows: as many on every process, which call the head
-    together where ZeRO-3 has shared it out."""
+    """Split `rows`, the indices of the rows in the loss, at every multiple of HEAD_ROWS.
+
+    The number of parts depends on the total number of rows only. It is therefore the same on all processes, which must
+    call the head equally often if ZeRO-3 has sharded it.
+    """
     edges = HEAD_ROWS * torch.arange(1, -(-total // HEAD_ROWS), device=rows.device)
     return torch.tensor_split(rows, torch.searchsorted(rows, edges).cpu())
 
 
 class _RowsCrossEntropy(torch.autograd.Function):
-    """`share` x the summed loss of the rows of some logits (R, V)."""
+    """Computes `share` times the summed loss of logits (R, V)."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, share: float) -> Tensor:
@@ -93,7 +119,7 @@ class _RowsCrossEntropy(torch.autograd.Function):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """On N rows, with products in `dtype`; R of them train."""
+    """Computes `linear_cross_entropy` on N rows with products in `dtype`; R of the rows are in the loss."""
 
     @staticmethod
     @in_own_dtype
@@ -135,24 +161,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _late_share(share: float, dtype: torch.dtype) -> float:
-    """The factor of a gradient that waits for the backward pass.
+    """Return the factor of the gradient that is applied in the backward pass instead of the forward pass.
 
-    One row's share of a gradient is too small for fp16. The loss scale makes up for it, but comes in the backward pass.
+    In fp16, a gradient times one row's share of the mean would underflow. The loss scale compensates for this, but only
+    the backward pass knows it.
     """
     return share if dtype == torch.float16 and share else 1.0
 
 
 def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad x factor, a scalar that may be beyond fp16's numbers, in grad's dtype."""
+    """Return grad times a scalar in grad's dtype; the scalar may be outside fp16's range."""
     if grad.dtype == torch.float16:
         return (grad.float() * factor).half()
-    return grad * factor  # a scalar stays as wide as it is in a product
+    return grad * factor  # PyTorch does not round a scalar tensor to grad's dtype before the product
 
 
 def _loss_and_gradient(logits: Tensor, targets: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """`share` x the summed loss of some rows, and its gradient, L2Wrap's included, which takes the logits' place.
+    """Return `share` times the summed loss of some rows, and its gradient including L2Wrap.
 
-    logits (chunk, V) in fp32 or wider, targets (chunk,).
+    The gradient overwrites the logits (chunk, V), which are in fp32 or wider; targets are (chunk,).
     """
     chosen = targets.unsqueeze(1)  # (chunk, 1)
     chosen_logit = logits.gather(1, chosen)

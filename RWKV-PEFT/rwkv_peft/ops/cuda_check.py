@@ -1,9 +1,9 @@
-"""Compile every .cu for the GPUs we mean to run on, and refuse kernels whose registers spill to local memory.
+"""Compiles every .cu file for the given GPU architectures and fails if a kernel uses local memory.
 
     python -m rwkv_peft.ops.cuda_check sm_80 sm_90
 
-No GPU is needed, only nvcc. A spill or an array that the compiler cannot keep in registers is invisible in a kernel's
-results and ruinous to its speed, so it is looked for here, in what ptxas says of every kernel.
+This needs nvcc but no GPU. Register spills, and arrays that do not fit in registers, do not change a kernel's results
+but make it much slower. ptxas reports both for every kernel, and this program checks its report.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rwkv_peft.console import say
 from rwkv_peft.ops.build import NVCC_FLAGS, find_nvcc, source_dir
 
 PROCESSES = 2
-"""Compilers that run at a time."""
+"""Number of compilers that run at the same time."""
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>\S+)' for '(?P<arch>\w+)'")
 _FUNCTION = re.compile(r"Function properties for (?P<name>\S+)")
@@ -33,19 +34,19 @@ _SHARED = re.compile(r"(\d+) bytes smem")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ptxas says of one function on one architecture; bytes per thread, shared memory per block."""
+    """What ptxas reports about one function on one architecture: bytes per thread, shared memory per block."""
 
     name: str
-    """Mangled."""
+    """Mangled name."""
     arch: str
     stack: int = 0
     """Local-memory stack frame."""
     spill_stores: int = 0
     spill_loads: int = 0
     registers: int | None = None
-    """None for a function that kernels call, which has no registers of its own."""
+    """None for a device function called by kernels: ptxas reports registers for kernels only."""
     shared: int = 0
-    """Declared in the kernel; what a launch adds is not known to the compiler."""
+    """Statically declared shared memory; dynamic shared memory is set at launch and unknown to the compiler."""
 
     @property
     def uses_local_memory(self) -> bool:
@@ -53,17 +54,17 @@ class Kernel:
 
 
 class CompileError(Exception):
-    """nvcc refused a source; the message is what it said."""
+    """nvcc could not compile a source. The message is nvcc's output."""
 
 
 def read_report(text: str) -> list[Kernel]:
-    """The kernels, and the functions they call, in the output of `nvcc -Xptxas -v`, in its order.
+    """Parse the output of `nvcc -Xptxas -v`. Return the kernels, and the functions they call, in its order.
 
     Raises:
-        ValueError: no kernel in the text, or one whose use of local memory it does not tell: nothing was checked then.
+        ValueError: the text has no kernel, or lacks the local memory of one. Passing then would check nothing.
     """
     found: dict[tuple[str, str], Kernel] = {}
-    told: set[tuple[str, str]] = set()
+    reported: set[tuple[str, str]] = set()
     entry = current = ("", "")
     for line in text.splitlines():
         if match := _ENTRY.search(line):
@@ -75,19 +76,19 @@ def read_report(text: str) -> list[Kernel]:
         elif match := _LOCAL.search(line):
             stack, stores, loads = (int(match[name]) for name in ("stack", "stores", "loads"))
             found[current] = replace(found[current], stack=stack, spill_stores=stores, spill_loads=loads)
-            told.add(current)
+            reported.add(current)
         elif match := _REGISTERS.search(line):
             shared = _SHARED.search(line)
             found[entry] = replace(found[entry], registers=int(match[1]), shared=int(shared[1]) if shared else 0)
     if not found:
         raise ValueError("ptxas reported no kernel")
-    if untold := sorted(found.keys() - told):
-        raise ValueError(f"ptxas did not say how much local memory {untold[0][0]} uses on {untold[0][1]}")
+    if missing := sorted(found.keys() - reported):
+        raise ValueError(f"ptxas did not report the local memory of {missing[0][0]} on {missing[0][1]}")
     return list(found.values())
 
 
 def complaints(kernels: Iterable[Kernel]) -> list[str]:
-    """One line per kernel that uses local memory; empty when none does."""
+    """Return one line per kernel that uses local memory."""
     return [
         f"{kernel.name} on {kernel.arch} uses local memory: {kernel.stack} bytes of stack frame, "
         f"{kernel.spill_stores} bytes of spill stores, {kernel.spill_loads} bytes of spill loads"
@@ -97,7 +98,7 @@ def complaints(kernels: Iterable[Kernel]) -> list[str]:
 
 
 def table(kernels: Sequence[Kernel]) -> str:
-    """Registers and shared bytes: a row per kernel, a column per architecture."""
+    """Format registers and bytes of shared memory, with one row per kernel and one column per architecture."""
     entries = [kernel for kernel in kernels if kernel.registers is not None]
     names, archs = (list(dict.fromkeys(getattr(kernel, key) for kernel in entries)) for key in ("name", "arch"))
     cells = {(kernel.name, kernel.arch): f"{kernel.registers} / {kernel.shared}" for kernel in entries}
@@ -108,7 +109,7 @@ def table(kernels: Sequence[Kernel]) -> str:
 
 
 def demangled(kernels: Sequence[Kernel]) -> list[Kernel]:
-    """The same with names as in the source, where binutils' c++filt is at hand."""
+    """Return the kernels with their names as in the source, if c++filt (binutils) is installed."""
     tool = shutil.which("c++filt")
     if tool is None or not kernels:
         return list(kernels)
@@ -119,7 +120,7 @@ def demangled(kernels: Sequence[Kernel]) -> list[Kernel]:
 
 
 def compile_sources(archs: Sequence[str]) -> list[Kernel]:
-    """Compile every .cu with nvcc for each architecture ("sm_80"), keeping nothing but the report.
+    """Compile every .cu with nvcc for each architecture (such as "sm_80") and return the kernels of the reports.
 
     Raises:
         FileNotFoundError: nvcc is missing.
@@ -127,7 +128,7 @@ def compile_sources(archs: Sequence[str]) -> list[Kernel]:
     """
     nvcc = find_nvcc()
     if nvcc is None:
-        raise FileNotFoundError("nvcc is neither under CUDA_HOME nor on PATH")
+        raise FileNotFoundError("nvcc is not in CUDA_HOME/bin and not on PATH")
     jobs = [(nvcc, source, arch) for source in sorted(source_dir().rglob("*.cu")) for arch in archs]
     with ThreadPoolExecutor(PROCESSES) as pool:
         reports = list(pool.map(lambda job: _compile(*job), jobs))
@@ -135,14 +136,14 @@ def compile_sources(archs: Sequence[str]) -> list[Kernel]:
 
 
 def _compile(nvcc: str, source: Path, arch: str) -> str:
-    """What nvcc and ptxas say of one source."""
+    """Compile one source and return the output of nvcc and ptxas."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [nvcc, *NVCC_FLAGS, f"-arch={arch}", "-Xptxas", "-v", "-c", str(source), "-o", f"{scratch}/out.o"]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = result.stdout + result.stderr
+    output = result.stdout + result.stderr
     if result.returncode != 0:
-        raise CompileError(f"{source} for {arch}:\n{said}")
-    return said
+        raise CompileError(f"{source} for {arch}:\n{output}")
+    return output
 
 
 def main(argv: Sequence[str]) -> int:
@@ -150,19 +151,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("archs", nargs="+", metavar="ARCH", help="e.g. sm_80 sm_90")
     archs = parser.parse_args(argv).archs
     if find_nvcc() is None:
-        print("cuda-check skipped: no nvcc")
+        say("cuda-check: skipped, because nvcc was not found")
         return 0
     try:
         kernels = compile_sources(archs)
     except CompileError as error:
-        print(f"cuda-check: {error}")
+        say(f"cuda-check: {error}")
         return 1
-    print(table(kernels))
+    say(table(kernels))
     failures = complaints(kernels)
     for failure in failures:
-        print(f"cuda-check: {failure}")
+        say(f"cuda-check: {failure}")
     if not failures:
-        print(f"cuda-check: every .cu compiles for {', '.join(archs)}; no kernel uses local memory")
+        say(f"cuda-check: every .cu compiles for {', '.join(archs)}; no kernel uses local memory")
     return int(bool(failures))
 
 

@@ -1,4 +1,4 @@
-"""Updates of low rank, on a path of their own beside a frozen product: LoRA (arXiv 2106.09685) and MiSS.
+"""Frozen linear layers with a separate low-rank update: LoRA (arXiv 2106.09685) and MiSS.
 
 Letters: N rows (batch x time), O out_features, I in_features, r rank.
 """
@@ -13,11 +13,11 @@ from rwkv_peft.ops.products import Matrix, in_own_dtype, product_dtype, times, t
 
 
 def lora_linear(x: Tensor, weight: Matrix, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """y = x W^T + scaling * (x A^T) B^T, rounded once. Backward keeps x, x A^T and the matrices.
+    """Return y = x W^T + scaling * (x A^T) B^T, rounded once. Saves x, x A^T and the matrices for backward.
 
     Args:
         x: (..., I), any float dtype.
-        weight: (O, I), frozen: it gets no gradient.
+        weight: (O, I), frozen (no gradient).
         a, b: (r, I) and (O, r).
         scaling: alpha / r.
     Returns:
@@ -29,11 +29,13 @@ def lora_linear(x: Tensor, weight: Matrix, a: Tensor, b: Tensor, scaling: float)
 
 
 def miss_linear(x: Tensor, weight: Matrix, d: Tensor) -> Tensor:
-    """y = x W^T + s D with s = sum_b x_b over x's blocks of r columns, rounded once. Backward keeps s, not x.
+    """Return y = x W^T + s D, rounded once, where s = sum_b x_b is the sum of x's blocks of r columns.
+
+    Saves s for backward instead of x.
 
     Args:
         x: (..., I), any float dtype.
-        weight: (O, I), frozen: it gets no gradient; r divides I.
+        weight: (O, I), frozen (no gradient); r divides I.
         d: (r, O).
     Returns:
         (..., O) in x's dtype.
@@ -44,7 +46,10 @@ def miss_linear(x: Tensor, weight: Matrix, d: Tensor) -> Tensor:
 
 @torch.no_grad()
 def low_rank_row_norms(weight: Matrix, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """|W + scaling B A| of each row, (O,), in fp32 or wider, a slice of rows at a time: (O, I), (r, I), (O, r)."""
+    """Return the L2 norm of each row of W + scaling B A, (O,), in fp32 or wider.
+
+    The sum is built for one slice of rows at a time. weight is (O, I), a (r, I), b (O, r).
+    """
     wide = torch.promote_types(weight.dtype, torch.float32)
     a, b = a.to(wide), b.to(wide)
     norms = [
@@ -54,7 +59,7 @@ def low_rank_row_norms(weight: Matrix, a: Tensor, b: Tensor, scaling: float) -> 
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`lora_linear` on (N, I) rows, computed in `dtype`."""
+    """Computes `lora_linear` on (N, I) rows with products in `dtype`."""
 
     @staticmethod
     @in_own_dtype
@@ -84,7 +89,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 class _MissLinear(torch.autograd.Function):
-    """`miss_linear` on (N, I) rows, computed in `dtype`."""
+    """Computes `miss_linear` on (N, I) rows with products in `dtype`."""
 
     @staticmethod
     @in_own_dtype

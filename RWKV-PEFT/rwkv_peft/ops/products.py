@@ -1,9 +1,11 @@
-"""Products with a frozen matrix, in the arithmetic that is fastest and keeps the most.
+"""Products with a frozen matrix, computed in the dtype that is fastest on the device.
 
-A CPU without AMX multiplies fp32 faster than bf16 (measured on x86: 1.8x with AVX-512 BF16, 10x with AVX2). There bf16
-rows, unless they are few, are widened to fp32, and the matrix with them, a slice at a time: it stays bf16 in memory,
-sums are fp32, and whoever computes with the widened rows rounds once, at the end. Everywhere else products are in the
-dtype of the rows.
+On Intel CPUs without AMX, fp32 products are faster than bf16 products (1.8 times with AVX-512 BF16, 10 times with AVX2;
+docs/performance.md has an AMD CPU for which this is not true). On a CPU without AMX, bf16 rows are therefore converted
+to fp32, and the matrix is converted with them, one slice at a time: it stays in bf16 in memory. Sums are in fp32, and
+the result is rounded once, at the end. Generation, with its few rows, keeps bf16. On all other devices, products use
+the dtype of the rows.
+
 Letters: N rows (batch x time), O out_features, I in_features.
 """
 
@@ -18,49 +20,49 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-SLICE_NUMBERS = 2**21
-"""Numbers of a matrix that are widened at a time: 8 MB in fp32, read again from the cache."""
+SLICE_ELEMENTS = 2**21
+"""Number of matrix elements converted to a wider dtype at a time: 8 MB in fp32, which stays in the cache."""
 
 ROWS_WORTH_WIDENING = 64
-"""With fewer rows a product is limited by reading the matrix, and bf16 is half to read. Training widens them all the
-same, so that no update is rounded away; generation does not."""
+"""Smallest number of rows that are widened without gradients. With fewer rows, reading the matrix takes most of the
+time, and bf16 halves the bytes to read. Training always widens, so that small updates are not lost to rounding."""
 
 
 class Matrix(Protocol):
-    """What operators ask of a frozen (O, I) matrix. A Tensor is one; so is peft/quantization.py's, stored quantised."""
+    """The interface of a frozen (O, I) matrix: a Tensor, or the quantized weights of peft/quantization.py."""
 
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
 
     def element_size(self) -> int:
-        """Bytes a number; below that of the rows, products read a slice of the matrix at a time."""
+        """Return bytes per element. If it is smaller than the rows' own, products convert one slice at a time."""
 
     def __getitem__(self, rows: slice, /) -> Tensor:
-        """Some rows, in the matrix' dtype."""
+        """Return some rows in the matrix's dtype."""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """What products of the rows x (N, I) should be computed in: x's dtype, or fp32 where that is faster."""
+    """Return the dtype for products with rows x (N, I): x's dtype, or fp32 if that is faster."""
     wanted = x.shape[0] >= ROWS_WORTH_WIDENING or torch.is_grad_enabled()
     return torch.float32 if wanted and widens(x.dtype, x.device.type) else x.dtype
 
 
 def widens(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether rows of this dtype are multiplied in fp32 on this kind of device, unless a few of them are generated."""
+    """Return whether training multiplies rows of this dtype in fp32 on this type of device."""
     return dtype in (torch.bfloat16, torch.float16) and device_type == "cpu" and not _has_amx()
 
 
 def _has_amx() -> bool:
-    """Whether the CPU has matrix units for bf16."""
+    """Return whether the CPU has AMX matrix units for bf16."""
     return torch.cpu._is_amx_tile_supported()
 
 
 def times_transposed(x: Tensor, weight: Matrix, add_to: Tensor | None = None) -> Tensor:
-    """x @ weight.T: (N, I), (O, I) -> (N, O) in x's dtype. `weight` may be of any float dtype.
+    """Return x @ weight.T: (N, I), (O, I) -> (N, O) in x's dtype. `weight` may have any float dtype.
 
     Args:
-        add_to: (N, O) in x's dtype; the product is added to it, in place, and the sum rounded once.
+        add_to: (N, O) in x's dtype; the product is added to it in place, and the sum is rounded once.
     """
     y = x.new_empty(x.shape[0], weight.shape[0]) if add_to is None else add_to
     beta = int(add_to is not None)
@@ -72,7 +74,7 @@ def times_transposed(x: Tensor, weight: Matrix, add_to: Tensor | None = None) ->
 
 
 def times(y: Tensor, weight: Matrix) -> Tensor:
-    """y @ weight: (N, O), (O, I) -> (N, I) in y's dtype. `weight` may be of any float dtype."""
+    """Return y @ weight: (N, O), (O, I) -> (N, I) in y's dtype. `weight` may have any float dtype."""
     if not _is_narrower(weight, y):
         return y @ weight[:].to(y.dtype)
     x = y.new_empty(y.shape[0], weight.shape[1])
@@ -81,9 +83,9 @@ def times(y: Tensor, weight: Matrix) -> Tensor:
     return x
 
 
-def weight_slices(weight: Matrix, multiple: int = 1, numbers: int = SLICE_NUMBERS) -> Iterator[slice]:
-    """Slices of a matrix' rows, about `numbers` each; each begins at a multiple of `multiple`."""
-    step = max(1, numbers // (weight.shape[1] * multiple)) * multiple
+def weight_slices(weight: Matrix, multiple: int = 1, elements: int = SLICE_ELEMENTS) -> Iterator[slice]:
+    """Yield slices of the matrix's rows with about `elements` elements each, starting at multiples of `multiple`."""
+    step = max(1, elements // (weight.shape[1] * multiple)) * multiple
     for start in range(0, weight.shape[0], step):
         yield slice(start, min(start + step, weight.shape[0]))
 
@@ -93,11 +95,13 @@ def _is_narrower(weight: Matrix, x: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Matrix) -> Tensor:
-    """y = x W^T in x's dtype, differentiable in both. A narrower matrix than x is not kept for backward in x's dtype.
+    """Return y = x W^T in x's dtype, differentiable in both.
+
+    If the matrix has a narrower dtype than x, no copy of it in x's dtype is kept for backward.
 
     Args:
         x: (..., I), any float dtype.
-        weight: (O, I), x's dtype or another (fp32 master weights under bf16, a quantised one).
+        weight: (O, I), in x's dtype or another one (fp32 master weights under bf16, or quantized weights).
     Returns:
         (..., O) in x's dtype.
     """
@@ -109,9 +113,9 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
 
 
 def in_own_dtype(method: Callable[..., Any]) -> Callable[..., Any]:
-    """For forward and backward of an operator that chooses the dtype of its products: autocast would change some.
+    """Disable autocast in forward or backward of an operator that chooses the dtype of its products itself.
 
-    A decorator of a Function's static methods.
+    Decorates the static methods of an autograd Function.
     """
 
     @functools.wraps(method)
@@ -123,14 +127,14 @@ def in_own_dtype(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _WideLinear(torch.autograd.Function):
-    """`linear` on (N, I) rows, computed in `dtype`."""
+    """Computes `linear` on (N, I) rows with products in `dtype`."""
 
     @staticmethod
     @in_own_dtype
     def forward(ctx, x: Tensor, weight: Matrix, dtype: torch.dtype) -> Tensor:
         ctx.dtype, ctx.x_dtype = dtype, x.dtype
         trained = ctx.needs_input_grad[1]
-        ctx.save_for_backward(*((x, weight) if trained else ()))  # torch then notices a change of the weight
+        ctx.save_for_backward(*((x, weight) if trained else ()))  # torch then detects in-place changes of it
         ctx.weight = None if trained else weight
         return times_transposed(x.to(dtype), weight).to(x.dtype)
 

@@ -1,9 +1,11 @@
-"""PEFT methods: layers that take the place of `nn.Linear`, in any model.
+"""PEFT methods: layers that replace `nn.Linear` in any model, and the adapter files that store them.
 
-from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.peft import inject
+from rwkv_peft.peft.methods.bone import BoneConfig
 
-inject(model, PeftConfig(peft="bone", peft_config={"r": 64}, peft_targets=("q_proj", "v_proj")))
+inject(model, BoneConfig(r=64), targets=("q_proj", "v_proj"))
+
+Imports config, ops, base_model, errors, console and files only; never model, data or training.
 """
 
 from rwkv_peft.peft.injection import inject

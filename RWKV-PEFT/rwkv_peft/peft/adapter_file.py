@@ -1,4 +1,4 @@
-"""The adapter file: the trained tensors, and everything needed to use them, in one `.safetensors`."""
+"""The adapter file: the trained tensors and everything needed to use them, in one `.safetensors`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rwkv_peft.base_model import check_keys, load_base, same_base, save_base, write_atomically
+from rwkv_peft.base_model import check_keys, load_base, same_base, save_base
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.files import atomic_write
 from rwkv_peft.peft.injection import initial_factors
 
 FORMAT_VERSION = 3
@@ -21,42 +22,43 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterInfo:
-    """What an adapter file says of itself."""
+    """Metadata of an adapter file."""
 
     method: str
-    """Name in the registry."""
+    """Name of the method: the value of `--peft`."""
     options: Mapping[str, Any]
-    """The method's config: r, mode, alpha, ..."""
+    """The method's options: r, mode, alpha, ..."""
     targets: list[str]
-    """Qualified names of the layers that carry an adapter."""
+    """Qualified names of the layers with an adapter."""
     fingerprint: Mapping[str, Any]
-    """Of the base the adapter was trained on (checkpoint.fingerprint)."""
+    """Fingerprint of the base it was trained on (`base_model.fingerprint`)."""
     quant: str = "none"
-    """How the base was held while it trained."""
+    """Value of `--quant` in training."""
     dtype: str = "float32"
-    """Of the large matrices before that, and of the activations."""
+    """Dtype of the activations, and of the large matrices before quantization."""
     tokenizer: Mapping[str, Any] | None = None
-    """Identity of the tokenizer of its data; None where the data did not say."""
+    """Identity of the data's tokenizer; None if unknown."""
     format_version: int = FORMAT_VERSION
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Exactly what an adapter file keeps, by name: what trains, and the initial factors that a base is derived from."""
+    """Return the tensors of an adapter file by name: trainable parameters, and initial factors if a base needs them."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad} | initial_factors(model)
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], info: AdapterInfo) -> None:
-    """Write an adapter file, whole or not at all."""
+    """Write an adapter file atomically."""
     metadata = {key: json.dumps(value) for key, value in asdict(info).items()}
     plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(plain, temporary, metadata=metadata))
+    with atomic_write(path, write_errors=(OSError, SafetensorError)) as temporary:
+        save_file(plain, temporary, metadata=metadata)
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterInfo]:
-    """The tensors and the description of an adapter file.
+    """Return the tensors and the metadata of an adapter file.
 
     Raises:
-        CheckpointError: missing, damaged, not an adapter of ours, or of a newer format.
+        CheckpointError: the file is missing, damaged, not an adapter of this program, or of another format version.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,17 +68,22 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterInfo]:
             metadata = handle.metadata() or {}
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
+        if path.suffix == ".pth":
+            refuse_base_model(load_base(path), path)
         raise CheckpointError(str(path), f"not a readable .safetensors ({error})") from error
     return tensors, _parse_info(metadata, str(path))
 
 
 def _parse_info(metadata: Mapping[str, str], path: str) -> AdapterInfo:
-    """The description out of a file's metadata, every part of the right kind."""
+    """Parse a file's metadata and check the type of every entry."""
     try:
         values = {key: json.loads(value) for key, value in metadata.items()}
     except json.JSONDecodeError as error:
-        raise CheckpointError(path, "its description is not JSON; not an adapter of this program") from error
+        raise CheckpointError(path, "is not an adapter of this program: its metadata is not JSON") from error
     version = values.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        what, expected = "was written by a newer version of this program", f"at most {FORMAT_VERSION}"
+        raise CheckpointError(path, what, found=f"format {version}", expected=expected, hint="Update the program.")
     if version != FORMAT_VERSION:
         expected = f"format {FORMAT_VERSION}"
         raise CheckpointError(path, "not an adapter of this program", found=f"format {version!r}", expected=expected)
@@ -91,26 +98,33 @@ def _parse_info(metadata: Mapping[str, str], path: str) -> AdapterInfo:
     }
     for key, kind in kinds.items():
         if key not in values or not isinstance(values[key], kind):
-            raise CheckpointError(path, f"damaged description: {key} is {values.get(key)!r}")
+            raise CheckpointError(path, f"damaged metadata: {key} is {values.get(key)!r}")
     named = all(isinstance(name, str) for name in values["targets"])
     if not named or set(values["fingerprint"]) != {"shapes", "dtypes", "samples"}:
-        raise CheckpointError(path, "damaged description: targets or fingerprint")
+        raise CheckpointError(path, "damaged metadata: targets or fingerprint")
     return AdapterInfo(**{key: values[key] for key in (*kinds, "format_version")})
+
+
+def refuse_base_model(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise CheckpointError if tensors that should be an adapter's are those of a whole model."""
+    if {"emb.weight", "blocks.0.att.key.weight"} <= tensors.keys():
+        hint = "Give the file that a run writes: rwkv-N.safetensors."
+        raise CheckpointError(str(path), "this is a base model, not an adapter", hint=hint)
 
 
 def check_same_base(info: AdapterInfo, fingerprint: Mapping[str, Any], adapter: str | Path, base: str | Path) -> None:
     """Raise CheckpointError unless the adapter was trained on this base."""
     if not same_base(info.fingerprint, fingerprint):
         raise CheckpointError(
-            str(adapter), f"was trained on another base than {base}", hint="Give the base it was trained on."
+            str(adapter), f"was trained on a base other than {base}", hint="Pass the base it was trained on."
         )
 
 
 def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Copy an adapter file's tensors into a model that carries the same adapter; names and shapes must agree.
+    """Copy an adapter file's tensors into a model with the same adapter.
 
     Raises:
-        CheckpointError: a trained parameter without a tensor, a tensor without a parameter, another shape.
+        CheckpointError: names or shapes differ, or a value is NaN or infinite.
     """
     places = {name: p for name, p in model.named_parameters() if p.requires_grad} | initial_factors(model)
     check_keys(
@@ -118,25 +132,27 @@ def load_trained(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Pa
     )
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise CheckpointError(str(path), f"{name} has values that are not finite", hint="Take an earlier adapter.")
+            raise CheckpointError(str(path), f"{name} has values that are not finite", hint="Use an earlier adapter.")
     for name, tensor in tensors.items():
         places[name].data.copy_(tensor)
 
 
 PTH_NAMES = {"miss": "disha"}
-"""Our names of parameters that RWKV-PEFT calls something else."""
+"""Parameters that have another name in RWKV-PEFT: our name -> its name."""
 
 
 def read_pth_adapter(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of an adapter in RWKV-PEFT's form, a plain `.pth` of named tensors, under our names.
+    """Read an adapter in RWKV-PEFT's form, a plain `.pth` of named tensors, and return it under our names.
 
-    Its `.bone` and `.disha` are Bone row matrices where they have three axes, MiSS where they have two.
+    A `.bone` or `.disha` tensor with three axes is Bone row, with two axes MiSS.
     """
-    return {_our_name(name, tensor): tensor for name, tensor in load_base(path).items()}
+    tensors = load_base(path)
+    refuse_base_model(tensors, path)
+    return {_our_name(name, tensor): tensor for name, tensor in tensors.items()}
 
 
 def save_pth_adapter(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter in RWKV-PEFT's form; method, options and base are not in it."""
+    """Write an adapter in RWKV-PEFT's form, which does not state the method, its options and the base."""
     save_base({_renamed(name, PTH_NAMES): tensor for name, tensor in tensors.items()}, path)
 
 
@@ -146,6 +162,6 @@ def _our_name(name: str, tensor: Tensor) -> str:
 
 
 def _renamed(name: str, last: Mapping[str, str]) -> str:
-    """A qualified name with another last segment, where that has another name."""
+    """Return a qualified name with its last segment replaced, if `last` has a replacement."""
     parent, dot, child = name.rpartition(".")
     return f"{parent}{dot}{last.get(child, child)}"

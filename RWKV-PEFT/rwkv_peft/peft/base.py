@@ -1,131 +1,151 @@
-"""What every PEFT method has in common."""
+"""Base classes for PEFT methods: options, layer, and `Method`, which combines both."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rwkv_peft.errors import ConfigError
+from rwkv_peft.config.method import MethodConfig
 from rwkv_peft.ops.products import Matrix
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerConfig:
-    """Options that every method with layers has."""
+@dataclass(frozen=True)
+class Method:
+    """A PEFT method: its options, and either a layer or a function that adds parameters.
 
-    flag: ClassVar[str]
-    """The flag that errors name."""
+    A method with neither trains the base model itself.
+
+    Each module of `peft/methods/`, and each module that `--peft my_package.my_method` names, has one as `METHOD`.
+    """
+
+    config: type[MethodConfig]
+    layer: type[PeftLinear] | None = None
+    """Replaces the targeted layers."""
+    add: Callable[..., None] | None = None
+    """Adds parameters to the model: `add(model, config, dtype, initialize)`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig(MethodConfig):
+    """Base class for the options of methods that replace layers."""
+
+    mergeable = True
+    meaning = ("r", "rank_pattern")
 
     r: int = 64
-    """Size of what trains."""
+    """Size of the trained matrices: block size or rank."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Another r for the layers whose names match a pattern, as in --peft_targets; the last match counts."""
     load: str = ""
     """Adapter file to start from."""
 
     def __post_init__(self) -> None:
-        for key, r in {"r": self.r, **{f"rank_pattern {name}": r for name, r in self.rank_pattern.items()}}.items():
-            if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-                raise ConfigError(self.flag, key, found=r, expected="a positive integer")
-
-    def require(self, key: str, good: bool, expected: str) -> None:
-        """Raise ConfigError unless the option's value is good."""
-        if not good:
-            raise ConfigError(self.flag, key, found=getattr(self, key), expected=expected)
+        super().__post_init__()
+        self.require("r", self.r >= 1, "a positive integer")
+        for name, r in self.rank_pattern.items():
+            if r < 1:
+                raise self.error(f"rank_pattern {name}", found=r, expected="a positive integer")
 
 
 class PeftLinear(nn.Module):
-    """A frozen linear layer (or embedding) with something small that trains beside it.
+    """A frozen linear layer (or embedding) with a small trainable adapter.
 
-    The layer adopts the `weight` (and `bias`) of the layer it replaces, so base names never change; the method's own
-    parameters, named in `adapter_names`, sit beside them. An embedding (V, C) is a linear layer whose rows are looked
-    up. `hold` may put a quantised matrix in the weight's place, so a method reads it as a `Matrix`: by rows, and
+    The layer adopts the `weight` (and `bias`) of the layer it replaces, so base names never change. The method's own
+    parameters, listed in `adapter_names`, are next to them. An embedding (V, C) is a linear layer whose rows are looked
+    up. `replace_weight` may store the weight as a quantized matrix, so a method reads it as a `Matrix`: by rows, and
     `weight[:]` for all of them.
 
     Args:
         base: the layer to replace.
         config: the method's options, with this layer's r.
-        dtype: of the trained parameters.
+        dtype: dtype of the trainable parameters.
     """
 
     adapter_names: ClassVar[tuple[str, ...]]
-    """Names of the trained parameters."""
+    """Names of the trainable parameters."""
     initial_names: ClassVar[tuple[str, ...]] = ()
-    """Names of the buffers that an adapter file keeps too, since the frozen weight is derived from them."""
+    """Names of the buffers that the adapter file also stores, because the frozen weight is derived from them."""
     default_targets: ClassVar[tuple[str, ...]] = ("att", "ffn")
-    """Patterns of `--peft_targets` where none are given."""
+    """Patterns that are used if `--peft_targets` is not given."""
     identity_at_init: ClassVar[bool] = True
     """Whether the layer equals the replaced one before training (up to rounding of the frozen weight)."""
-    mergeable: ClassVar[bool] = True
-    """Whether the layer is a linear map, so that it can become one matrix."""
-    needs_gradient: ClassVar[bool] = False
-    """Whether `initialise` wants the weight's gradient."""
 
     def __init__(self, base: nn.Linear | nn.Embedding, config: Any, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.weight, self.bias = base.weight, getattr(base, "bias", None)
         self.config = config
-        self.looks_up = isinstance(base, nn.Embedding)
-        # Noted, since a weight that ZeRO-3 shared out has lost its shape.
+        self.is_embedding = isinstance(base, nn.Embedding)
+        # Stored, because a weight that ZeRO-3 has sharded no longer has its shape.
         self.out_features, self.in_features = self.weight.shape
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O) in x's dtype; an embedding: ids (...) -> rows (..., I) in its dtype, rounded once."""
-        if self.looks_up:
+        """Map (..., I) to (..., O) in x's dtype.
+
+        An embedding maps ids (...) to rows (..., I) of W + dW. The sum is computed in a wide dtype and rounded once.
+        """
+        if self.is_embedding:
             return (self.weight[x].to(wide_dtype(self.weight)) + self.delta_rows(x)).to(self.weight.dtype)
         y = self.project(x)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def project(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O) in x's dtype, without the bias."""
+        """Map (..., I) to (..., O) in x's dtype, without the bias."""
         raise NotImplementedError
 
     def delta_weight(self, weight: Tensor) -> Tensor:
-        """dW, (O, I), for the base's original weight (O, I) in a wide dtype: always a pure delta, differentiable."""
+        """Return dW (O, I) for the base's original weight (O, I), in a wide dtype.
+
+        The result does not include the weight. Gradients flow through it.
+        """
         raise NotImplementedError
 
     def delta_rows(self, ids: Tensor) -> Tensor:
-        """Rows of dW: ids (...) -> (..., I), in fp32 or wider. Methods that have it can go onto an embedding."""
+        """Return rows of dW, ids (...) -> (..., I), in fp32 or wider. Methods that define it support embeddings."""
         raise NotImplementedError
 
-    def initialise(self, gradient: Tensor | None = None) -> None:
-        """Give the trained parameters their values; `gradient` of the weight, where the method asks for it."""
+    def initialize(self, gradient: Tensor | None = None) -> None:
+        """Set the initial values of the trainable parameters.
+
+        Args:
+            gradient: (O, I), gradient of the loss with respect to the weight; only for methods with
+                `gradient_samples` > 0.
+        """
 
     def derive_base(self) -> None:
-        """Make the frozen weight what the method wants it to be, from the initial factors."""
+        """Replace the frozen weight by the residual that the initial factors leave, if the method uses one."""
 
     def effective_weight(self) -> Tensor:
-        """The one matrix that the layer multiplies with, (O, I), in a wide dtype."""
+        """Return the one matrix (O, I) that the layer multiplies with, in a wide dtype."""
         weight = self.weight[:].to(wide_dtype(self.weight))
         return weight + self.delta_weight(weight)
 
     @torch.no_grad()
     def merged_weight(self, original: Tensor) -> Tensor:
-        """The base's original weight + dW, in a wide dtype; the caller rounds it to what it stores."""
+        """Return the base's original weight + dW, (O, I), in a wide dtype; the caller rounds it."""
         original = original.to(wide_dtype(original))
         return original + self.delta_weight(original)
 
-    def hold(self, weight: nn.Module) -> None:
-        """Hold the frozen weight as a module that is a `Matrix`, a quantised one; `bias` stays as it is."""
-        del self.weight  # a parameter's name cannot be given to a module
+    def replace_weight(self, weight: nn.Module) -> None:
+        """Replace the frozen weight by a module that is a `Matrix`, such as `QuantizedWeight`; keep the bias."""
+        del self.weight  # a module cannot take the name of an existing parameter
         self.weight = weight
 
     @classmethod
     def check_shape(cls, name: str, shape: tuple[int, int], config: Any) -> None:
-        """Raise ConfigError where a target's (O, I) cannot carry this method."""
+        """Raise ConfigError if the method does not fit a target's shape (O, I)."""
 
     @classmethod
-    def has_rows(cls, config: Any) -> bool:
-        """Whether the method, so configured, can go onto an embedding."""
+    def supports_embedding(cls, config: Any) -> bool:
+        """Return whether the method supports embeddings with these options."""
         return cls.delta_rows is not PeftLinear.delta_rows
 
     def lr_scales(self) -> Mapping[str, float]:
-        """Multipliers of the learning rate, of parameters that have one."""
+        """Return multipliers of the learning rate by parameter name; parameters without one are absent."""
         return {}
 
     def extra_repr(self) -> str:
@@ -133,11 +153,14 @@ class PeftLinear(nn.Module):
 
 
 def wide_dtype(weight: Matrix) -> torch.dtype:
-    """fp32, or float64 for a float64 weight: what deltas are computed in."""
+    """Return the dtype that deltas are computed in: fp32, or float64 for a float64 weight."""
     return torch.promote_types(weight.dtype, torch.float32)
 
 
 def divisors(*sides: int) -> str:
-    """The r that divide all sides, for a hint: from 8 up where there are such."""
+    """Return the values of r that divide all sides, for a hint.
+
+    Values below 8 are left out; if the largest value is below 8, only this one is returned.
+    """
     common = math.gcd(*sides)
     return ", ".join(str(r) for r in range(1, common + 1) if common % r == 0 and r >= min(8, common))

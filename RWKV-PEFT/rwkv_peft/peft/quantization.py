@@ -1,7 +1,7 @@
 """The frozen matrix of `--quant`: stored in 4 or 8 bits, read a few rows at a time.
 
-The numbers and the kernels are bitsandbytes'. Every row is padded to whole blocks of BLOCK numbers that share a scale,
-so any rows can be dequantised without the others, whatever I is; no target of RWKV-6 has a row to pad.
+Formats and kernels are those of bitsandbytes. Every row is padded to whole blocks of BLOCK elements that share a scale,
+so any rows can be dequantized without the others. No target of RWKV-6 needs padding.
 Letters: O out_features, I in_features, P = I padded to a multiple of BLOCK.
 """
 
@@ -24,28 +24,28 @@ from rwkv_peft.peft.base import PeftLinear
 KINDS = ("nf4", "fp4", "int8")
 
 BLOCK = 64
-"""Numbers that share a scale. On normal weights int8 errs by 0.95 % with 64 and by 1.08 % with 256."""
+"""Elements that share a scale. The error of int8 on normal weights is 0.95 % with 64 and 1.08 % with 256."""
 
 
 class QuantizedWeight(nn.Module):
-    """A frozen (O, I) matrix that is only held quantised.
+    """A frozen (O, I) matrix that is stored quantized.
 
-    It is what the operators in ops/ take for a weight (products.Matrix): they ask for its shape, dtype, device and
-    element_size, and for `weight[rows]`, which gives those rows as a Tensor. `weight[:]` is the whole matrix.
+    The operators in ops/ accept it as a weight (products.Matrix): it has shape, dtype, device and element_size, and
+    `weight[rows]` returns those rows as a Tensor. `weight[:]` is the whole matrix.
     """
 
     codes: Tensor
-    """(O, P / 2) for 4 bits, two numbers a byte, or (O, P); uint8."""
+    """(O, P / 2) for 4 bits, two elements per byte, or (O, P) for 8 bits; uint8."""
     absmax: Tensor
-    """(O, P / BLOCK), the scale of every block; fp32."""
+    """(O, P / BLOCK), the scale of each block; fp32."""
     code_book: Tensor | None
-    """(256,), what int8's codes stand for; bitsandbytes knows the 4-bit ones by name."""
+    """(256,), the values of the int8 codes; None for 4 bits, whose values bitsandbytes knows by name."""
 
     def __init__(self, weight: Tensor, kind: str) -> None:
-        """Quantise a float matrix.
+        """Quantize a float matrix.
 
         Args:
-            weight: (O, I), any float dtype; rows come back in it. Not kept.
+            weight: (O, I), any float dtype; rows are returned in this dtype. No reference is kept.
             kind: nf4, fp4 or int8.
         Raises:
             ConfigError: an unknown kind, or bitsandbytes is missing.
@@ -54,18 +54,18 @@ class QuantizedWeight(nn.Module):
         if kind not in KINDS:
             raise ConfigError("quant", found=kind, expected=" | ".join(KINDS))
         self.kind, self.shape, self.dtype = kind, weight.shape, weight.dtype
-        # bitsandbytes needs several times the memory of what it quantises: a slice of rows at a time.
-        parts = [_quantise_rows(weight[rows].detach(), kind) for rows in weight_slices(weight)]
+        # A slice of rows at a time, because bitsandbytes needs several times the memory of its input.
+        parts = [_quantize_rows(weight[rows].detach(), kind) for rows in weight_slices(weight)]
         codes, scales, code_books = zip(*parts, strict=True)
         self.register_buffer("codes", torch.cat(codes))
         self.register_buffer("absmax", torch.cat(scales))
         self.register_buffer("code_book", code_books[0])
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """Some rows, dequantised: (rows, I) in `dtype`."""
-        # bitsandbytes has no float64: the numbers are then those of fp32.
+        """Return some rows, dequantized: (rows, I) in `dtype`."""
+        # bitsandbytes has no float64; the values are then those of fp32.
         dtype = self.dtype if self.dtype in (torch.float16, torch.bfloat16) else torch.float32
-        padded = _dequantise_rows(self.codes[rows], self.absmax[rows], self.code_book, self.kind, dtype)
+        padded = _dequantize_rows(self.codes[rows], self.absmax[rows], self.code_book, self.kind, dtype)
         return padded[:, : self.shape[1]].to(self.dtype)
 
     @property
@@ -74,20 +74,23 @@ class QuantizedWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """What the matrix takes in memory."""
+        """Bytes that the matrix occupies."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def element_size(self) -> int:
-        """1, also for 4 bits: below that of any rows it meets, so that products dequantise slices, never the whole."""
+        """Return 1, also for 4 bits: smaller than any input's, so that products dequantize slices, never all rows."""
         return 1
 
     def _apply(self, fn, recurse: bool = True) -> QuantizedWeight:
-        """Buffers move between devices with the model, but `model.to(bf16)` must not round the scales: `fn`, which
-        casts float tensors only, gets to see bytes."""
+        """Apply `fn` to the buffers as bytes.
+
+        The buffers move between devices with the model, but `model.to(bf16)`, which casts float tensors only, must not
+        round the scales.
+        """
         return super()._apply(lambda buffer: fn(buffer.view(torch.uint8)).view(buffer.dtype), recurse)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickled in another process, the operators must be registered there."""
+        """Register bitsandbytes' operators, which a new process that unpickles the weight needs."""
         super().__setstate__(state)
         _bitsandbytes(self.kind)
 
@@ -97,7 +100,7 @@ class QuantizedWeight(nn.Module):
 
 
 class QuantizedLinear(PeftLinear):
-    """y = W x with a quantised W and nothing that trains: a linear layer which no adapter was put on."""
+    """y = W x with a quantized W and no adapter."""
 
     adapter_names = ()
 
@@ -108,24 +111,24 @@ class QuantizedLinear(PeftLinear):
         return torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
 
-def quantise_base(model: nn.Module, kind: str, keep: Sequence[str] = ("head",)) -> None:
-    """Hold every frozen linear layer's weight quantised, with an adapter or without, in place.
+def quantize_base(model: nn.Module, kind: str, keep: Sequence[str] = ("head",)) -> None:
+    """Quantize the weight of every frozen linear layer, with or without an adapter, in place.
 
-    Embeddings, the layers named in `keep` unless they carry an adapter, and what trains stay as they are; so does all
-    that is on meta.
+    These stay unchanged: embeddings, trainable parameters, everything on meta, and layers in `keep` without an adapter.
 
     Args:
-        model: with its adapters in place and initialised, and its trained parameters marked.
+        model: with initialized adapters and marked trainable parameters.
         kind: none, nf4, fp4 or int8.
         keep: names of layers.
     Raises:
-        ConfigError: there is nothing frozen to quantise, or bitsandbytes is missing.
+        ConfigError: there is no frozen layer to quantize, or bitsandbytes is missing.
     """
     if kind == "none":
         return
     frozen = {name: module for name, module in model.named_modules() if _is_frozen_linear(module, name in keep)}
     if not frozen:
-        raise ConfigError("quant", found=kind, expected="none where the base itself trains")
+        what = f"{kind} cannot be used with --peft none, because a quantized base cannot be trained"
+        raise ConfigError("quant", what=what, hint="Use another --peft, or omit --quant.")
     for name, module in frozen.items():
         if module.weight.is_meta:
             continue
@@ -134,17 +137,17 @@ def quantise_base(model: nn.Module, kind: str, keep: Sequence[str] = ("head",)) 
             layer = QuantizedLinear(module, None)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer)
-        layer.hold(QuantizedWeight(layer.weight, kind))
+        layer.replace_weight(QuantizedWeight(layer.weight, kind))
 
 
 def _is_frozen_linear(module: nn.Module, kept: bool) -> bool:
     if isinstance(module, PeftLinear):
-        return not module.looks_up
+        return not module.is_embedding
     return isinstance(module, nn.Linear) and not module.weight.requires_grad and not kept
 
 
-def _quantise_rows(weight: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(rows, I) -> codes (rows, P / 2 or P), scales (rows, P / BLOCK) and the code book of int8."""
+def _quantize_rows(weight: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Quantize (rows, I) to codes (rows, P / 2 or P), scales (rows, P / BLOCK) and the code book of int8."""
     bnb = _bitsandbytes(kind)
     weight = weight.float() if weight.dtype == torch.float64 else weight
     padded = F.pad(weight, (0, -weight.shape[1] % BLOCK)).contiguous()  # zeros change no scale
@@ -156,9 +159,9 @@ def _quantise_rows(weight: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor | 
     return codes.view(rows, -1), state.absmax.view(rows, -1), state.code if kind == "int8" else None
 
 
-def _dequantise_rows(codes: Tensor, absmax: Tensor, code_book: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_quantise_rows`, but for the padding: (rows, P) in `dtype`."""
-    # The operators below bitsandbytes' functions: torch.compile takes them whole.
+def _dequantize_rows(codes: Tensor, absmax: Tensor, code_book: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
+    """Invert `_quantize_rows`, with the padding: return (rows, P) in `dtype`."""
+    # These are the operators behind bitsandbytes' functions, which torch.compile captures in one graph.
     operators, scales = torch.ops.bitsandbytes, absmax.reshape(-1)
     if kind == "int8":
         return operators.dequantize_blockwise.default(codes, scales, code_book, BLOCK, dtype)
@@ -168,8 +171,8 @@ def _dequantise_rows(codes: Tensor, absmax: Tensor, code_book: Tensor | None, ki
 
 @functools.cache
 def _bitsandbytes(kind: str) -> ModuleType:
-    """bitsandbytes' functions, imported on first use: whoever quantises nothing does not need the package."""
-    # On import it may complain that a kernel for generation is missing, which is not used here.
+    """Import bitsandbytes on first use, so that it is not needed without `--quant`, and return its functions."""
+    # The import may log that a kernel for generation is missing, which is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes import functional

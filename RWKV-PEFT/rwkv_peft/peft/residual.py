@@ -1,7 +1,7 @@
-"""LoRA that starts from the weight's own factors: the frozen weight is what they leave, W - s B0 A0.
+"""LoRA on a residual: A and B start from factors of the weight, and the frozen weight is the residual W - s B0 A0.
 
-The residual is derived, never a file of its own: the adapter file keeps the initial factors, which with the original
-base give it again. So dW = s (B A - B0 A0) is a pure delta of the original, and merges like any other.
+The residual is never stored. The adapter file stores the initial factors B0 and A0, from which it is computed again
+with the original base. So dW = s (B A - B0 A0) is a pure delta of the original base, and merges like any other.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from rwkv_peft.peft.base import wide_dtype
 from rwkv_peft.peft.methods.lora import LoraLinear
 
 
-class DerivedLinear(LoraLinear):
-    """LoRA's forward on the residual; `init_lora_A` and `init_lora_B` are the initial factors."""
+class ResidualLoraLinear(LoraLinear):
+    """LoRA's forward pass on the residual weight; `init_lora_A` and `init_lora_B` are the initial factors."""
 
     initial_names = ("init_lora_A", "init_lora_B")
     rank_needed: ClassVar[int] = 1
-    """Singular vectors that the start takes, in multiples of r."""
+    """Number of singular vectors that the initial factors use, in multiples of r."""
 
     def __init__(self, base: nn.Linear | nn.Embedding, config: Any, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(base, config, dtype)
@@ -29,11 +29,11 @@ class DerivedLinear(LoraLinear):
             self.register_buffer(f"init_{factor}", torch.zeros_like(getattr(self, factor), requires_grad=False))
 
     def factors(self, weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The initial A (r, I) and B (O, r) of a weight (O, I), in a wide dtype."""
+        """Return the initial A (r, I) and B (O, r) of a weight (O, I), in a wide dtype."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def initialise(self, gradient: Tensor | None = None) -> None:
+    def initialize(self, gradient: Tensor | None = None) -> None:
         a, b = self.factors(self.weight.to(wide_dtype(self.weight)), gradient)
         for trained, initial, value in ((self.lora_A, self.init_lora_A, a), (self.lora_B, self.init_lora_B, b)):
             trained.copy_(value)
@@ -42,7 +42,7 @@ class DerivedLinear(LoraLinear):
     @torch.no_grad()
     def derive_base(self) -> None:
         wide = wide_dtype(self.weight)
-        # A new parameter: the old one may be tied to another layer's, or the memory-mapped base file's.
+        # A new parameter, because the old one may be tied to another layer or mapped from the base's file.
         residual = (self.weight.to(wide) - self._initial_weight(wide)).to(self.weight.dtype)
         self.weight = nn.Parameter(residual, requires_grad=False)
 

@@ -1,4 +1,4 @@
-"""report.html: one page per run, made from metrics.jsonl.
+"""report.html: one page per run, written from the run's config, metrics.jsonl and sample texts.
 
-Imports config, data and training/metrics.
+May import config, data and metrics_file. It does not import training, so a report can be written without a run.
 """

@@ -1,4 +1,4 @@
-"""Curves over optimizer steps as inline SVG: one small picture each, in the colours of the page around it."""
+"""Line charts over optimizer steps, as inline SVG in the colors of the page."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 420, 240
-"""Of the picture in its own units: about as wide as a telephone, so that the letters stay readable there."""
+"""Size of a chart in SVG units. It is sized for a phone screen, so the labels are readable there."""
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 8, 22
-"""Margins around the curves, for the labels."""
-MOST_POINTS = 400
-"""Points of a curve that are drawn; of more, the lowest and the highest of each stretch."""
+"""Margins for the labels."""
+MAX_POINTS = 400
+"""Largest number of points drawn per curve."""
 LOG_FROM = 30
-"""Ratio of the largest to the smallest value from which the vertical axis may be logarithmic."""
+"""Smallest ratio of the largest to the smallest value for a logarithmic axis."""
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Args:
-    name: for the legend.
-    points: (step, value); values that are not finite are left out.
-    style: class of the page's style sheet: `raw`, `main` or `other`.
-    dots: mark each point.
-    """
+    """One curve of a chart."""
 
     name: str
+    """Text in the legend."""
     points: Sequence[Point]
+    """(step, value) pairs; values that are not finite are not drawn."""
     style: str = "main"
+    """A class of the page's style sheet: raw, main or other."""
     dots: bool = False
+    """Whether each point is marked."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values on a range of the picture."""
+    """Maps a range of values to a range of SVG coordinates."""
 
     low: float
     high: float
     start: float
-    """Where `low` lies."""
+    """Coordinate of `low`."""
     end: float
+    """Coordinate of `high`."""
     log: bool = False
 
     def __call__(self, value: float) -> float:
@@ -50,7 +50,7 @@ class Axis:
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, count: int) -> list[float]:
-        """About `count` round values, evenly apart; powers of ten on a logarithmic axis of two or more."""
+        """Return about `count` round values at equal distances, or powers of ten on a logarithmic axis."""
         if self.log:
             powers = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
             if len(powers) >= 2:
@@ -60,10 +60,10 @@ class Axis:
 
 
 def chart(title: str, curves: Sequence[Curve], *, log: bool = False) -> str:
-    """A figure of curves in one frame; "" where there is no point to draw.
+    """Return a figure with all curves in one chart, or "" if there is no point to draw.
 
     Args:
-        log: a logarithmic vertical axis, where values are positive and far apart.
+        log: use a logarithmic vertical axis if all values are positive and their range is large.
     """
     curves = [
         Curve(curve.name, thin([p for p in curve.points if math.isfinite(p[1])]), curve.style, curve.dots)
@@ -92,14 +92,14 @@ def chart(title: str, curves: Sequence[Curve], *, log: bool = False) -> str:
 
 
 def thin(points: Sequence[Point]) -> list[Point]:
-    """The points in order; of many, the lowest and the highest of each stretch, so that no spike is lost."""
-    if len(points) <= MOST_POINTS:
+    """Return at most about MAX_POINTS points in order: the lowest and highest of each interval, which keeps spikes."""
+    if len(points) <= MAX_POINTS:
         return list(points)
-    size = -(-2 * len(points) // MOST_POINTS)
+    size = -(-2 * len(points) // MAX_POINTS)
     kept = []
     for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        kept += sorted({min(stretch, key=_value), max(stretch, key=_value)})
+        interval = points[start : start + size]
+        kept += sorted({min(interval, key=_value), max(interval, key=_value)})
     return kept
 
 
@@ -108,19 +108,20 @@ def _value(point: Point) -> float:
 
 
 def _span(values: Sequence[float], margin: float) -> tuple[float, float]:
-    """Lowest and highest with a margin; never the same."""
+    """Return the lowest and highest value, with a margin; the two always differ."""
     low, high = min(values), max(values)
     room = (high - low) * margin if high > low else abs(high) * 0.1 or 1.0
     return low - room, high + room
 
 
 def _round_up(step: float) -> float:
-    """The next of 1, 2, 5 times a power of ten."""
+    """Round up to 1, 2 or 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * 0.999)
 
 
 def _grid(x: Axis, y: Axis) -> list[str]:
+    """Return grid lines and labels of both axes."""
     lines = []
     for value in y.ticks(5):
         at = y(value)
@@ -134,7 +135,7 @@ def _grid(x: Axis, y: Axis) -> list[str]:
 
 
 def label(value: float) -> str:
-    """2000 -> 2k, 0.00002 -> 2e-5, 0.25 -> 0.25."""
+    """Format a number: 2000 -> 2k, 0.00002 -> 2e-5, 0.25 -> 0.25."""
     size = abs(value)
     if size < 1e-9:
         return "0"
@@ -149,6 +150,7 @@ def label(value: float) -> str:
 
 
 def _drawn(curve: Curve, x: Axis, y: Axis) -> str:
+    """Return a curve as a line, with dots if it wants them or has a single point."""
     places = [f"{x(step):.1f},{y(value):.1f}" for step, value in curve.points]
     line = f'<polyline class="{curve.style}" points="{" ".join(places)}"/>'
     if not (curve.dots or len(places) == 1):

@@ -1,4 +1,4 @@
-"""What a run ran on, in words: versions, the commit of this clone, processor, memory, GPU."""
+"""Describes the software and hardware of a run: versions, commit, processor, memory, GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GIB = 2**30
 
 
 def software() -> dict[str, str]:
-    """Names and versions; packages that are not installed are left out."""
+    """Return names and versions; packages that are not installed are omitted."""
     rows = {"rwkv-peft": f"{rwkv_peft.__version__}{_commit()}", "Python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -31,9 +31,9 @@ def software() -> dict[str, str]:
 
 
 def hardware() -> dict[str, str]:
-    """Processor, memory and GPUs of this machine."""
+    """Return the processor, memory and GPUs of this machine."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    rows = {"processor": f"{_processor()}, {os.cpu_count()} cores, {usable} of them usable"}
+    rows = {"processor": f"{_processor()}, {os.cpu_count()} cores, {usable} usable"}
     if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         rows["memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIB:.1f} GiB"
     for index in range(torch.cuda.device_count()):
@@ -43,7 +43,7 @@ def hardware() -> dict[str, str]:
 
 
 def peak_memory() -> dict[str, str]:
-    """Most memory that the main process has held so far."""
+    """Return the peak memory of the main process so far."""
     rows = {}
     if os.name == "posix":
         import resource  # not on Windows
@@ -51,7 +51,7 @@ def peak_memory() -> dict[str, str]:
         unit = 1 if platform.system() == "Darwin" else 1024
         rows["peak memory"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB:.2f} GiB"
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        rows["peak memory of the GPU"] = f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB"
+        rows["peak GPU memory"] = f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB"
     return rows
 
 
@@ -66,7 +66,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The commit of the clone that the package runs from; "" outside of one, or without git."""
+    """Return the commit of the clone that the package runs from; "" if there is no clone or no git."""
     package = Path(rwkv_peft.__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -75,8 +75,8 @@ def _commit() -> str:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() / "RWKV-PEFT" / "rwkv_peft" != package:
-            return ""  # installed into somebody's own repository
-        changed = ", with changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+            return ""  # the package is installed inside another repository
+        changed = ", modified" if git("status", "--porcelain", "--untracked-files=no") else ""
         return f", commit {git('rev-parse', '--short=12', 'HEAD')}{changed}"
     except (OSError, subprocess.SubprocessError):
         return ""

@@ -1,11 +1,11 @@
-"""The pieces of report.html: one page without scripts, fonts or pictures from elsewhere."""
+"""The HTML elements of report.html: one page without scripts, and without fonts or pictures from other files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from html import escape
 
-from rwkv_peft.data.inspect.token_view import safe
+from rwkv_peft.data.inspect.token_view import escape_controls
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5d6878; --line: #d9dee6; --back: #ffffff; --card: #f5f7fa;
@@ -64,41 +64,41 @@ HEAD = """<!DOCTYPE html>
 </head>
 <body>
 """
-"""The policy makes a browser refuse whatever a text from the data might smuggle in."""
+"""The policy stops a browser from running or loading anything that a text from the data could contain."""
 
 
 def text(value: object) -> str:
-    """Any text as HTML that shows it, control characters spelled out."""
-    return escape(safe(str(value).encode("utf-8", "replace").decode("utf-8")))
+    """Return a text as HTML. Control characters are shown as escape sequences."""
+    return escape(escape_controls(str(value).encode("utf-8", "replace").decode("utf-8")))
 
 
 def page(title: str, subtitle: str, parts: Iterable[str]) -> str:
-    """The whole file."""
+    """Return the whole file; parts that are empty are omitted."""
     head = HEAD.format(title=text(title), style=STYLE)
     top = f'<h1>{text(title)}</h1>\n<p class="soft">{text(subtitle)}</p>'
     return "\n".join([head, top, *(part for part in parts if part), "</body>\n</html>\n"])
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading over the parts that are not empty; "" where all are."""
+    """Return a heading and the parts that are not empty, or "" if all parts are empty."""
     filled = [part for part in parts if part]
     return "\n".join([f"<section><h2>{text(title)}</h2>", *filled, "</section>"]) if filled else ""
 
 
 def tiles(values: Mapping[str, str]) -> str:
-    """Figures to see first."""
+    """Return a row of boxes, each with a name and a large value."""
     inner = "".join(f"<div>{text(name)}<b>{text(value)}</b></div>" for name, value in values.items())
     return f'<div class="tiles">{inner}</div>'
 
 
 def table(rows: Mapping[str, object]) -> str:
-    """A name and its value a row; "" without rows."""
+    """Return a table with a name and a value per row, or "" without rows."""
     lines = [f'<tr><th scope="row">{text(name)}</th><td>{text(value)}</td></tr>' for name, value in rows.items()]
     return "\n".join(["<table>", *lines, "</table>"]) if lines else ""
 
 
 def links(rows: Mapping[str, tuple[str, str]]) -> str:
-    """Name, address and remark a row."""
+    """Return a table with a link and a remark per row, or "" without rows; `rows` is name: (address, remark)."""
     lines = [
         f'<tr><td><a href="{escape(address)}">{text(name)}</a></td><td>{text(remark)}</td></tr>'
         for name, (address, remark) in rows.items()
@@ -107,11 +107,11 @@ def links(rows: Mapping[str, tuple[str, str]]) -> str:
 
 
 def pre(content: str, *, wrap: bool = False) -> str:
-    """Text in lines of its own."""
+    """Return preformatted text; `wrap` breaks long lines."""
     tag = '<pre class="wrap">' if wrap else "<pre>"
     return f"{tag}{text(content)}</pre>" if content else ""
 
 
 def folded(title: str, content: str) -> str:
-    """Shown on a click."""
+    """Return content that a click on its title shows."""
     return f"<details><summary>{text(title)}</summary>\n{content}\n</details>" if content else ""

@@ -1,10 +1,9 @@
-"""Texts that the model writes before and after training, from the prompts of `--sample_prompts`."""
+"""Completes the prompts of `--sample_prompts` before and after training."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -12,40 +11,31 @@ import pytorch_lightning as pl
 from rwkv_peft.config.sections import TrainConfig
 from rwkv_peft.console import say
 from rwkv_peft.data.binidx.reader import BinidxMeta
-from rwkv_peft.data.inspect.token_view import safe
+from rwkv_peft.data.inspect.token_view import escape_controls
 from rwkv_peft.data.tokenizer import Tokenizer, load_tokenizer, same_tokenizer
 from rwkv_peft.errors import ConfigError, DataError, UserError
 from rwkv_peft.inference.generate import generate
-from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.training.module import TrainingModule
+from rwkv_peft.report.report import Sample
+from rwkv_peft.training.step import TrainingModule
 
 SAMPLE_TOKENS = 100
-"""Length of a sample, where the model does not end it before."""
-
-
-@dataclass
-class Sample:
-    """A prompt, and how the model went on with it."""
-
-    prompt: str
-    answers: dict[int, str] = field(default_factory=dict)
-    """Text by the optimizer step after which it was written."""
+"""Maximum length of a completion."""
 
 
 def read_prompts(train: TrainConfig) -> list[str]:
-    r"""The prompts of `--sample_prompts`, [] without the flag.
+    r"""Read the prompts of `--sample_prompts`; [] without the flag.
 
-    One a line: plain text, in which `\n` stands for a line break and `\\` for a backslash; or, where the line begins
-    with a brace, JSON with the prompt under the key "prompt". Empty lines are left out.
+    Each line is a prompt. It is plain text, in which `\n` stands for a line break and `\\` for a backslash. A line that
+    starts with a brace is JSON with the prompt under the key "prompt". Empty lines are ignored.
 
     Raises:
-        UserError: no such file, no prompt in it, a bad line, or a strategy under which nobody has a whole model.
+        UserError: the file is missing, empty or has a bad line, or the strategy shards the model.
     """
     if not train.sample_prompts:
         return []
-    if "stage_3" in train.strategy:
-        what = f"{train.strategy} shares the model out, and no process can write alone"
-        raise ConfigError("sample_prompts", what=what, hint="Use deepspeed_stage_2, or leave the flag away.")
+    if train.zero_stage == 3:
+        what = f"{train.strategy} shards the model, so no process can generate text alone"
+        raise ConfigError("sample_prompts", what=what, hint="Use deepspeed_stage_2, or omit the flag.")
     path = Path(train.sample_prompts)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -55,7 +45,7 @@ def read_prompts(train: TrainConfig) -> list[str]:
         _prompt(line.removesuffix("\r"), f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()
     ]
     if not prompts:
-        raise ConfigError("sample_prompts", what=f"{path} holds no prompt", expected="one a line")
+        raise ConfigError("sample_prompts", what=f"{path} has no prompts", expected="one per line")
     return prompts
 
 
@@ -64,25 +54,25 @@ def _prompt(line: str, where: str) -> str:
         return line.replace("\\\\", "\0").replace("\\n", "\n").replace("\0", "\\")
     try:
         prompt = json.loads(line)["prompt"]
-        prompt.encode("utf-8")  # JSON can spell half of a character
+        prompt.encode("utf-8")  # JSON can contain half of a surrogate pair
     except (ValueError, KeyError, AttributeError) as error:
         raise DataError(where, "not a prompt", found=line[:60], expected='{"prompt": "text"}, or plain text') from error
     if not prompt:
-        raise DataError(where, "an empty prompt", hint="The model needs something to go on with.")
+        raise DataError(where, "an empty prompt", hint="The model needs at least one token to continue from.")
     return prompt
 
 
-class SampleTexts(pl.Callback):
-    """Greedy continuations of fixed prompts, at the start and at the end of training, on the main process.
+class SampleTexts:
+    """Greedy completions of fixed prompts at the start and the end of training, on the main process.
 
-    Training is not touched by it: nothing random is drawn, and no gradient is kept.
+    They do not affect training: no random numbers are drawn, and no gradients are kept.
 
     Args:
-        prompts: texts; without any, nothing happens.
-        meta: what the run's data says about its tokenizer.
+        prompts: texts; without any, nothing is done.
+        meta: describes the tokenizer of the run's data.
         vocab_size: of the model.
     Raises:
-        UserError: the data does not name its tokenizer, it cannot be loaded, or a prompt has ids beyond the vocabulary.
+        UserError: the data's tokenizer is unknown or cannot be loaded, or a prompt has ids outside the vocabulary.
     """
 
     def __init__(self, prompts: Sequence[str], meta: BinidxMeta | None, vocab_size: int) -> None:
@@ -91,20 +81,19 @@ class SampleTexts(pl.Callback):
         self.ids = [self.tokenizer.encode(prompt) for prompt in prompts]
         for prompt, ids in zip(prompts, self.ids, strict=True):
             if not ids or max(ids) >= vocab_size:
-                what = f"the model cannot read {prompt[:40]!r}"
-                found, expected = f"token {max(ids)}" if ids else "no token", f"ids below {vocab_size}, its vocabulary"
-                raise ConfigError("sample_prompts", what=what, found=found, expected=expected)
+                found = f"token {max(ids)}" if ids else "no token"
+                raise ConfigError(
+                    "sample_prompts",
+                    what=f"the model cannot process {prompt[:40]!r}",
+                    found=found,
+                    expected=f"ids below the vocabulary size {vocab_size}",
+                )
 
-    def on_train_start(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        if trainer.is_global_zero:
-            self._write(module.model, module.step)
-
-    def on_train_end(self, trainer: pl.Trainer, module: TrainingModule) -> None:
-        if trainer.is_global_zero and self.samples:
-            self._write(module.model, module.step)
-            say(self.report())
-
-    def _write(self, model: RWKV6, step: int) -> None:
+    def write(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        """Complete every prompt with the current weights."""
+        if not trainer.is_global_zero:
+            return
+        model, step = module.model, module.step
         training = model.training
         model.eval()
         for sample, ids in zip(self.samples, self.ids, strict=True):
@@ -112,28 +101,33 @@ class SampleTexts(pl.Callback):
             sample.answers[step] = self.tokenizer.decode(ids)
         model.train(training)
 
+    def print_report(self, trainer: pl.Trainer) -> None:
+        """Print all prompts and completions."""
+        if trainer.is_global_zero and self.samples:
+            say(self.report())
+
     def report(self) -> str:
-        """All samples in lines, safe for a terminal."""
+        """Return all prompts and completions as text without control characters."""
         lines = []
         for number, sample in enumerate(self.samples, 1):
-            lines += [f"--- prompt {number} of {len(self.samples)}", safe(sample.prompt)]
+            lines += [f"--- prompt {number} of {len(self.samples)}", escape_controls(sample.prompt)]
             for step, answer in sample.answers.items():
-                lines += [f"--- after step {step}" if step else "--- before training", safe(answer)]
+                lines += [f"--- after step {step}" if step else "--- before training", escape_controls(answer)]
         return "\n".join(lines)
 
 
 def _tokenizer_of(meta: BinidxMeta | None) -> Tokenizer:
-    """The tokenizer that made the data."""
+    """Load the tokenizer that the data was made with."""
     if meta is None:
-        what = "the data does not say which tokenizer made it"
-        hint = "Convert it with tools/json2binidx.py, which writes a .meta.json, or leave the flag away."
+        what = "the data does not name its tokenizer"
+        hint = "Convert it with rwkv-peft convert, which writes a .meta.json, or omit the flag."
         raise ConfigError("sample_prompts", what=what, hint=hint)
     try:
         tokenizer = load_tokenizer(meta.tokenizer_spec)
     except UserError as error:
-        what = f"the data's tokenizer {meta.tokenizer_spec} cannot be loaded from here"
+        what = f"the data's tokenizer {meta.tokenizer_spec} cannot be loaded"
         raise ConfigError("sample_prompts", what=what, hint=f"({error})") from error
     if not same_tokenizer(meta.tokenizer, tokenizer.identity):
-        what = f"{meta.tokenizer_spec} is not the tokenizer that made the data any more"
-        raise ConfigError("sample_prompts", what=what, hint="Put the file of then back, or leave the flag away.")
+        what = f"{meta.tokenizer_spec} has changed since the data was converted"
+        raise ConfigError("sample_prompts", what=what, hint="Restore the original file, or omit the flag.")
     return tokenizer

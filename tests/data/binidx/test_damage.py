@@ -1,4 +1,4 @@
-"""Damaged files: whatever happened to them, training reads valid tokens or says which file is at fault."""
+"""Damaged files: training reads valid tokens, or the error names the damaged file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = ("flip", "overwrite", "cut", "cut out", "insert", "grow", "swap", "excha
 
 @pytest.fixture(params=["uint16", "int32"])
 def pairs(write_pair, request) -> list[str]:
-    """Two pairs with masks, of the same number of documents and of another number of tokens."""
+    """Write two pairs with masks, with equal numbers of documents and different numbers of tokens."""
     rng = random.Random(0)
     made = []
     for name in ("one", "two"):
@@ -34,7 +34,7 @@ def pairs(write_pair, request) -> list[str]:
 
 
 def test_random_damage_is_harmless_or_an_error_that_names_the_file(pairs):
-    """2,500 damages for each width of ids, in any of the four files: all is read as training would, and shown."""
+    """2,500 kinds of damage for each id width, in any of the four files. All rows are then read and shown."""
     rng = random.Random(1)
     whole = {prefix + suffix: Path(prefix + suffix).read_bytes() for prefix in pairs for suffix in SUFFIXES}
     prefix = pairs[0]
@@ -69,7 +69,7 @@ def put(contents: dict[str, bytes]) -> None:
 
 
 def error_of_training(config: DataConfig) -> str | None:
-    """What the user would be told; any exception but DataError goes through."""
+    """Return the error message; exceptions other than DataError are raised."""
     try:
         reader = BinidxReader(config.data_file[0])
         samples = Samples(reader, config, vocab_size=VOCAB_SIZE)
@@ -86,7 +86,7 @@ def error_of_training(config: DataConfig) -> str | None:
 
 
 def damages(whole: dict[str, bytes], pairs: list[str], suffix: str, kind: str, rng: random.Random) -> dict[str, bytes]:
-    """New contents of the first pair's files, by path; each differs from the old."""
+    """Return new contents of the first pair's files, by path; each differs from the old one."""
     path = pairs[0] + suffix
     if kind == "swap":  # the same file of another pair
         return {path: whole[pairs[1] + suffix]}

@@ -32,7 +32,7 @@ def error_of(prefix: str) -> str:
     return str(caught.value)
 
 
-def test_mask_is_the_file_read_only(masked):
+def test_the_mask_is_the_read_only_content_of_the_file(masked):
     reader = BinidxReader(masked)
     assert reader.meta.mask is True
     assert reader.mask.tobytes() == MASK
@@ -42,7 +42,7 @@ def test_mask_is_the_file_read_only(masked):
     assert reader.trained(3, 3).tolist() == []
 
 
-def test_without_a_mask_everything_trains(write_pair):
+def test_without_a_mask_all_tokens_are_trained(write_pair):
     reader = BinidxReader(write_pair(DOCUMENTS))
     assert reader.mask is None
     assert reader.meta.mask is False
@@ -50,8 +50,8 @@ def test_without_a_mask_everything_trains(write_pair):
 
 
 @pytest.mark.parametrize("version", [None, 1])
-def test_mask_counts_where_the_sidecar_says_nothing_of_masks(masked, version):
-    """A pair of another program with a mask put beside it, and a pair of this program's first version."""
+def test_a_mask_is_used_if_the_sidecar_predates_masks(masked, version):
+    """A pair of another program to which a mask was added, and a pair of format version 1."""
     meta = Path(masked + ".meta.json")
     if version is None:
         meta.unlink()
@@ -67,37 +67,37 @@ def test_mask_counts_where_the_sidecar_says_nothing_of_masks(masked, version):
 @pytest.mark.parametrize("mask", [b"", MASK[:-1], MASK + b"\0"])
 def test_wrong_size(masked, mask):
     Path(masked + ".mask.bin").write_bytes(mask)
-    expected = f"does not belong to its .bin (7 tokens, one byte for each); found {len(mask)} bytes, expected 7"
+    expected = f"wrong size: a mask has one byte for each token of the .bin; found {len(mask)} bytes, expected 7"
     assert expected in error_of(masked)
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, 2), (6, 255), (3, 128)])
 def test_a_value_that_is_neither_0_nor_1(masked, place, value):
     Path(masked + ".mask.bin").write_bytes(MASK[:place] + bytes([value]) + MASK[place + 1 :])
-    assert f"bad value at token {place}; found {value}, expected 0 or 1" in error_of(masked)
+    assert f"invalid value at token {place}; found {value}, expected 0 or 1" in error_of(masked)
 
 
-def test_a_long_mask_is_checked_where_it_is_used(masked, monkeypatch):
+def test_a_long_mask_is_checked_when_it_is_used(masked, monkeypatch):
     monkeypatch.setattr(mask_file, "CHECK_ALL_UP_TO", 6)
     monkeypatch.setattr(mask_file, "_CHECK_CHUNK", 2)
     Path(masked + ".mask.bin").write_bytes(MASK[:-1] + b"\x09")
     reader = BinidxReader(masked)
     assert reader.trained(0, 6).tolist() == [value == 1 for value in MASK[:6]]
-    with pytest.raises(DataError, match=r"pair\.mask\.bin: bad value at token 6; found 9"):
+    with pytest.raises(DataError, match=r"pair\.mask\.bin: invalid value at token 6; found 9"):
         reader.trained(0, 7)
 
 
-def test_a_promised_mask_that_is_missing(masked):
+def test_a_missing_mask_is_an_error(masked):
     Path(masked + ".mask.bin").unlink()
-    assert "no such file, though the .meta.json says that the pair has a mask" in error_of(masked)
+    assert "no such file, but the .meta.json says that the pair has a mask" in error_of(masked)
 
 
-def test_a_left_over_mask(masked):
+def test_a_leftover_mask_is_an_error(masked):
     change_meta(masked, mask=False)
-    assert "the .meta.json says that there is no mask. Delete it" in error_of(masked)
+    assert "the .meta.json says that the pair has no mask. Delete it" in error_of(masked)
 
 
-def test_a_folder_in_its_place(tmp_path):
+def test_a_folder_in_place_of_a_mask(tmp_path):
     folder = tmp_path / "pair.mask.bin"
     folder.mkdir()
     tokens = folder.stat().st_size  # the only size that looks right

@@ -1,4 +1,4 @@
-"""Chats from JSON to what trains: the converter's mask reaches the rows of a run without a flag."""
+"""From chats in JSON to trained tokens: a run uses the mask of the converter without a flag."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def prefix(tmp_path):
 
 
 @pytest.mark.parametrize("dataload", ["pad", "only", "pack"])
-def test_answers_train_and_nothing_else(prefix, dataload):
+def test_only_answers_of_chats_and_instructions_are_trained(prefix, dataload):
     config = DataConfig(data_file=prefix, dataload=dataload, ctx_len=64, micro_bsz=1)
     samples, tokenizer = Samples(BinidxReader(prefix), config, 65536), load_tokenizer("world")
     trained = ""

@@ -13,18 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rwkv_peft.data.binidx import writer as binidx_writer
 from rwkv_peft.data.binidx.reader import BinidxReader
 from rwkv_peft.data.binidx.writer import BinidxWriter
 from rwkv_peft.data.convert import sources
 from rwkv_peft.data.convert.command_line import main
 from rwkv_peft.data.convert.conversion import Options, convert
 from rwkv_peft.data.convert.encode import encode_all, pack_ids
-from rwkv_peft.data.convert.records import Layout
+from rwkv_peft.data.convert.record_text import RecordFormat
 from rwkv_peft.data.convert.sources import Chunk
 from rwkv_peft.data.tokenizer import load_tokenizer
 from rwkv_peft.errors import ConfigError, DataError
-from rwkv_peft.temporary import temporary
+from rwkv_peft.files import AtomicFile, temporary_path
 
 GOOD = b'{"text": "fine"}\n'
 TEXTS = ["Hello.", "两行\n文字", "😀\u0000", " "]
@@ -42,7 +41,7 @@ def test_documents_come_back_as_text(tmp_path, spec):
     assert reader.meta.tokenizer_spec == spec
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD)
     convert([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), load_tokenizer("bytes"))
     assert len(BinidxReader(tmp_path / "out").tokens) == len("fine") + 1
@@ -52,7 +51,7 @@ def test_several_inputs_another_key_and_blank_lines(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"body": "ab", "text": 1}\r\n\r\n')
     (tmp_path / "b.jsonl").write_bytes(b'\n{"body": "c"}')
     inputs = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
-    convert(inputs, str(tmp_path / "out"), load_tokenizer("bytes"), Layout(text_key="body"))
+    convert(inputs, str(tmp_path / "out"), load_tokenizer("bytes"), RecordFormat(text_key="body"))
     assert BinidxReader(tmp_path / "out").tokens.tolist() == [98, 99, 0, 100, 0]
 
 
@@ -62,18 +61,18 @@ BAD_LINES = {
     "too deep": (b"[" * 100_000, "malformed JSON"),
     "long number": (b"9" * 5000, "malformed JSON"),
     "not UTF-8": (b'{"text": "\xff"}', "not UTF-8; found byte 0xff at column 11"),
-    "lone surrogate": (b'{"text": "a\\ud83d"}', "lone surrogate) in the text; found \\ud83d"),
+    "lone surrogate": (b'{"text": "a\\ud83d"}', "lone surrogate); found \\ud83d"),
     "missing key": (b'{"query": "a", "body": "b"}', "no text; found keys query, body, expected 'text', 'messages'"),
     "empty object": (b"{}", "no text; found no keys"),
-    "list": (b'["a"]', 'not an object; found a list, expected {"text": "..."}'),
-    "null": (b'{"text": null}', "'text' is not a text; found null"),
-    "number": (b'{"text": 1.5}', "'text' is not a text; found a number"),
+    "list": (b'["a"]', 'not a JSON object; found a list, expected {"text": "..."}'),
+    "null": (b'{"text": null}', "'text' is not a string; found null"),
+    "number": (b'{"text": 1.5}', "'text' is not a string; found a number"),
     "empty text": (b'{"text": ""}', "'text' is empty"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_LINES)
-def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, case):
+def test_an_invalid_line_is_reported_and_nothing_is_written(tmp_path, case):
     line, message = BAD_LINES[case]
     source = tmp_path / "chat.jsonl"
     source.write_bytes(GOOD + b"\n" + GOOD + line + b"\n" + GOOD)
@@ -84,7 +83,7 @@ def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, case):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_bad_line_leaves_the_old_pair(tmp_path):
+def test_an_invalid_line_keeps_the_old_pair(tmp_path):
     source, prefix = tmp_path / "chat.jsonl", tmp_path / "chat"
     source.write_bytes(GOOD)
     convert([str(source)], str(prefix), load_tokenizer("bytes"))
@@ -118,7 +117,7 @@ def test_an_output_folder_that_cannot_be_made_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "sub/"])
-def test_a_folder_is_no_prefix(tmp_path, prefix):
+def test_a_folder_is_not_a_prefix(tmp_path, prefix):
     argv = ["--input", "x.jsonl", "--output_prefix", f"{tmp_path}/{prefix}"]
     with pytest.raises(ConfigError, match=r"--output_prefix: is a folder"):
         main(argv)
@@ -131,7 +130,7 @@ def test_the_summary_counts(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "documents  100\n" in printed
     assert "tokens     5,150 " in printed  # 1 + 2 + .. + 100 and an eod for each
-    assert "median 51  90% 91  99% 100  longest 101 tokens" in printed
+    assert "median 51, 90th percentile 91, 99th percentile 100, longest 101 tokens" in printed
     assert all(str(tmp_path / "chat") + suffix in printed for suffix in (".bin", ".idx", ".meta.json"))
 
 
@@ -146,7 +145,7 @@ def write_lines(path, records):
 
 
 def test_the_mask_is_exact(tmp_path):
-    """Every token is on one side of the border: the answer has its space, its end mark and the final 0."""
+    """The answer's trained tokens include its leading space, its blank line and the eod."""
     world = load_tokenizer("world")
     records = [
         {"question": "2+3?", "answer": "5"},
@@ -199,7 +198,7 @@ def test_only_a_few_chunks_are_read_ahead():
             begun += 1
             yield Chunk("a", [b'{"text": "a"}'], [begun])
 
-    encoded = encode_all(endless(), load_tokenizer("bytes"), Layout(), 0.0, workers=2)
+    encoded = encode_all(endless(), load_tokenizer("bytes"), RecordFormat(), 0.0, workers=2)
     for number in range(1, 20):
         assert next(encoded)[0].numbers == [number]
     assert begun <= 19 + 3 * 2 + 1
@@ -223,13 +222,13 @@ def test_the_validation_pair_is_disjoint_and_stable(tmp_path):
     assert set(documents_of(tmp_path / "b")) - {new} == train
 
 
-def test_without_a_fraction_the_old_half_goes_with_the_old_pair(tmp_path):
-    """The new pair trains on what it held out. A pair of that name that is no half of another stays."""
+def test_without_a_fraction_the_old_validation_pair_is_deleted(tmp_path):
+    """The new training pair includes its documents. Another pair of that name stays."""
     path = write_lines(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(100)])
     prefix, tokenizer = str(tmp_path / "out"), load_tokenizer("bytes")
     convert([path], prefix, tokenizer, options=Options(val_fraction=0.3))
-    assert BinidxReader(prefix + "_val").meta.held_out
-    assert not BinidxReader(prefix).meta.held_out
+    assert BinidxReader(prefix + "_val").meta.is_validation
+    assert not BinidxReader(prefix).meta.is_validation
     convert([path], prefix, tokenizer)
     assert not list(tmp_path.glob("out_val*"))
     assert len(BinidxReader(prefix)) == 100
@@ -238,7 +237,7 @@ def test_without_a_fraction_the_old_half_goes_with_the_old_pair(tmp_path):
     assert len(BinidxReader(prefix + "_val")) == 100
 
 
-def test_a_failed_run_keeps_the_old_half(tmp_path, monkeypatch):
+def test_a_failed_conversion_keeps_the_old_validation_pair(tmp_path, monkeypatch):
     path = write_lines(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(100)])
     prefix, tokenizer = str(tmp_path / "out"), load_tokenizer("bytes")
     convert([path], prefix, tokenizer, options=Options(val_fraction=0.3))
@@ -248,32 +247,27 @@ def test_a_failed_run_keeps_the_old_half(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(BinidxWriter, "_index_bytes", disk_full)
-    with pytest.raises(DataError, match="no space left"):
+    with pytest.raises(DataError, match="the disk is full"):
         convert([path], prefix, tokenizer)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
-    """Its own process is gone; files of one that runs, of another machine, and of other outputs are not touched."""
+def test_leftovers_of_a_killed_conversion_are_deleted(tmp_path):
+    """Files of running processes and of other outputs stay."""
     path = write_lines(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(3)])
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    own, host = os.getpid(), temporary("x").name.split(".")[1].rpartition("-")[0]
-    dead = [f"out.bin.{host}-{child.pid}.tmp", f"out_val.idx.{host}-{child.pid}.tmp"]
-    alive = [
-        f"out.bin.{host}-{os.getppid()}.tmp",
-        f"out.bin.elsewhere-{child.pid}.tmp",
-        f"outer.bin.{host}-{child.pid}.tmp",
-        f"out.bin.{host}-{own}.txt",
-    ]
+    host = temporary_path(tmp_path / "x").name.split(".")[2].rpartition("-")[0]
+    dead = [f".out.bin.{host}-{child.pid}.tmp", f".out_val.idx.{host}-{child.pid}.tmp"]
+    alive = [f".out.bin.{host}-{os.getppid()}.tmp", f".outer.bin.{host}-{child.pid}.tmp"]
     for name in dead + alive:
         (tmp_path / name).write_bytes(b"")
     convert([path], str(tmp_path / "out"), load_tokenizer("bytes"))
-    assert {file.name for file in tmp_path.glob("*.t*")} == set(alive)
+    assert {file.name for file in tmp_path.glob(".*")} == set(alive)
 
 
 def test_both_pairs_have_a_mask_or_none(tmp_path):
-    """At this fraction the one instruction is on one side only."""
+    """With this fraction, the only instruction is on one side."""
     records = [{"text": str(i)} for i in range(50)] + [{"query": "q", "response": "r"}]
     path = write_lines(tmp_path / "a.jsonl", records)
     convert([path], str(tmp_path / "out"), load_tokenizer("bytes"), options=Options(val_fraction=0.3))
@@ -282,7 +276,7 @@ def test_both_pairs_have_a_mask_or_none(tmp_path):
 
 
 @pytest.mark.parametrize(("fraction", "half"), [(1e-9, "validation"), (1 - 1e-9, "training")])
-def test_an_empty_half_is_an_error(tmp_path, fraction, half):
+def test_an_empty_training_or_validation_pair_is_an_error(tmp_path, fraction, half):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": "b"}])
     with pytest.raises(DataError, match=f"--val_fraction: no document is left for {half}"):
         convert([path], str(tmp_path / "out"), load_tokenizer("bytes"), options=Options(val_fraction=fraction))
@@ -304,14 +298,14 @@ def test_skipped_records_are_written_with_their_reasons(tmp_path, workers):
         assert reject["record"] == line.decode("utf-8", "replace")
 
 
-def test_a_run_without_rejects_removes_an_old_list(tmp_path):
+def test_a_conversion_without_rejects_deletes_an_old_list(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}])
     (tmp_path / "out.rejects.jsonl").write_text("old")
     convert([path], str(tmp_path / "out"), load_tokenizer("bytes"))
     assert not (tmp_path / "out.rejects.jsonl").exists()
 
 
-def test_only_bad_records_write_nothing(tmp_path):
+def test_only_invalid_records_is_an_error(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"{\n[]\n")
     with pytest.raises(DataError, match=r"no documents; found 2 rejected"):
         convert(
@@ -321,7 +315,7 @@ def test_only_bad_records_write_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
-def test_a_bad_piece_takes_the_whole_text_with_it(tmp_path, monkeypatch, on_error):
+def test_an_invalid_piece_rejects_the_whole_text(tmp_path, monkeypatch, on_error):
     monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
     (tmp_path / "a.txt").write_bytes(b"Fine line.\n" * 50 + b"bad \xff line\n" + b"Fine line.\n" * 50)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(3000).hex(" ", 5).encode())[:-1000])
@@ -337,14 +331,14 @@ def test_a_bad_piece_takes_the_whole_text_with_it(tmp_path, monkeypatch, on_erro
     assert documents_of(tmp_path / "out") == [(*load_tokenizer("bytes").encode("whole"), 0)]
     rejects = [json.loads(line) for line in (tmp_path / "out.rejects.jsonl").read_text().splitlines()]
     assert [Path(reject["file"]).name for reject in rejects] == ["a.txt", "b.txt.gz", "d.txt"]
-    assert "damaged or cut off" in rejects[1]["reason"]
+    assert "damaged or incomplete" in rejects[1]["reason"]
     assert summary.rejects == 3
 
 
-def test_a_damaged_file_is_named_after_what_is_whole(tmp_path):
+def test_a_damaged_file_is_reported_after_its_complete_records(tmp_path):
     content = gzip.compress(b"".join(b'{"text": "%d"}\n' % (i * 7919 % 10007) for i in range(5000)))
     (tmp_path / "a.jsonl.gz").write_bytes(content[:-3000])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: damaged or cut off; found Compressed file ended"):
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz:\d+: damaged or incomplete; found Compressed file ended"):
         convert([str(tmp_path / "a.jsonl.gz")], str(tmp_path / "out"), load_tokenizer("bytes"))
     options = Options(on_error="skip")
     convert([str(tmp_path / "a.jsonl.gz")], str(tmp_path / "out"), load_tokenizer("bytes"), None, options)
@@ -359,13 +353,13 @@ def test_a_full_disk_is_one_clear_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(binidx_writer, "_sync_and_close", full)
-    with pytest.raises(DataError, match=r"out: no space left to write; found No space left on device\. Nothing was"):
+    monkeypatch.setattr(AtomicFile, "sync", full)
+    with pytest.raises(DataError, match=r"out: the disk is full; found No space left on device\. Nothing was"):
         convert([path], str(tmp_path / "out"), load_tokenizer("bytes"))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_a_disk_that_is_full_again_on_closing_leaves_no_temporary_file(tmp_path):
+def test_a_disk_that_is_still_full_on_closing_leaves_no_temporary_file(tmp_path):
     writer = BinidxWriter(tmp_path / "out", load_tokenizer("bytes"))
     writer._bin.close()
     writer._bin = open("/dev/full", "wb")  # noqa: SIM115

@@ -1,8 +1,7 @@
-"""--data_type jsonl and sft: a run on JSON is the run on the pair that the converter makes of it."""
+"""--data_type jsonl and sft: a run on JSON equals a run on the converted pair."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,15 +14,16 @@ import numpy as np
 import pytest
 from torch.utils.cpp_extension import get_default_build_root
 
-from rwkv_peft.config import flags as cli
 from rwkv_peft.config.sections import DataConfig
 from rwkv_peft.data.convert import command_line as convert_cli
 from rwkv_peft.data.convert import file_hashes, token_cache
 from rwkv_peft.data.convert.file_hashes import FileHashes
 from rwkv_peft.data.convert.json_pairs import pairs_of
-from rwkv_peft.data.rows.mixture import open_source
 from rwkv_peft.data.tokenizer import load_tokenizer
+from rwkv_peft.data.training_data import open_data
 from rwkv_peft.errors import ConfigError, DataError, UserError
+from rwkv_peft.files import file_lock
+from rwkv_peft.run_config import config_from_settings, settings_from_argv
 from tests.helpers import write_base
 from tests.training.small_runs import SHAPE, train
 
@@ -33,7 +33,7 @@ SUMS = [(f"What is {a} plus {b}?", f"It is {a + b}.") for a in range(6) for b in
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty cache of tokens; that of compiled operators stays where it is."""
+    """Use an empty token cache, but the usual cache of compiled operators."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     return tmp_path / "caches" / "rwkv_peft" / "data"
@@ -46,20 +46,20 @@ def write_sums(path: Path, asked: str = "query", answered: str = "response") -> 
 
 
 def pair(*sources: str, **settings) -> str:
-    """Prefix of the one pair that these settings make or find."""
+    """Return the prefix of the pair for these settings."""
     settings = {"data_type": "jsonl", "tokenizer": "bytes"} | settings
     ((prefix, _),) = pairs_of(DataConfig(data_file=sources, **settings))
     return prefix
 
 
 def files_of(prefix: str) -> dict[str, tuple[int, int]]:
-    """What a second conversion would change of each file of a pair."""
+    """Return inode and modification time of each file of a pair, which a second conversion would change."""
     found = {path.name: path.stat() for path in Path(prefix).parent.iterdir()}
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in found.items()}
 
 
 def rows(config: DataConfig, count: int) -> list[dict[str, np.ndarray]]:
-    source = open_source(config, 65536)
+    source = open_data(config).samples
     return [source.sample(1, 0, index) for index in range(count)]
 
 
@@ -67,7 +67,7 @@ def rows(config: DataConfig, count: int) -> list[dict[str, np.ndarray]]:
 
 
 @pytest.mark.parametrize("dataload", ["get", "pad", "pack"])
-def test_rows_are_those_of_converting_by_hand(tmp_path, dataload):
+def test_rows_equal_those_of_a_converted_pair(tmp_path, dataload):
     source = write_sums(tmp_path / "sums.jsonl")
     convert_cli.main(["--input", source, "--output_prefix", str(tmp_path / "pair"), "--tokenizer", "bytes"])
     common = {"dataload": dataload, "ctx_len": 80, "micro_bsz": 1}
@@ -81,7 +81,7 @@ def test_rows_are_those_of_converting_by_hand(tmp_path, dataload):
     assert 0 < masks.sum() < masks.size
 
 
-def test_losses_are_those_of_converting_by_hand(tmp_path):
+def test_losses_equal_those_with_a_converted_pair(tmp_path):
     source = write_sums(tmp_path / "sums.jsonl")
     write_base(tmp_path / "base.pth", SHAPE)
     convert_cli.main(["--input", source, "--output_prefix", str(tmp_path / "pair"), "--tokenizer", "bytes"])
@@ -95,10 +95,10 @@ def test_losses_are_those_of_converting_by_hand(tmp_path):
 
 
 def test_only_answers_train(tmp_path):
-    """RWKV-PEFT's spelling, with keys that the converter does not know by itself."""
+    """With RWKV-PEFT's flag names, and keys that the converter does not recognize without them."""
     source = write_sums(tmp_path / "sums.jsonl", "asked", "reply")
     words = ["--data_file", source, "--data_type", "sft", "--sft_field", "asked", "reply", "--dataload", "pad"]
-    config = cli.check(cli.parse_args([*words, "--ctx_len", "64"])).data
+    config = config_from_settings(settings_from_argv([*words, "--ctx_len", "64"])).data
     tokenizer = load_tokenizer("world")
     trained = {tokenizer.decode(row["targets"][np.asarray(row["loss_mask"]) == 1]) for row in rows(config, len(SUMS))}
     assert trained == {f" {answer}\n\n" for _, answer in SUMS}
@@ -112,20 +112,20 @@ def test_a_text_a_folder_a_glob_and_shares(tmp_path):
     mixed = DataConfig(
         data_file=(f"{folder}/a.jsonl:0.75", f"{folder}/b.txt:0.25"), data_type="jsonl", tokenizer="bytes", ctx_len=32
     )
-    parts = open_source(mixed, 257).parts
+    parts = open_data(mixed).parts
     assert [(part.share, len(part.samples.reader)) for part in parts] == [(0.75, len(SUMS)), (0.25, 1)]
 
 
 # ------------------------------------------------------------------------------------ the cache
 
 
-def test_the_pair_is_made_once_and_said_once(tmp_path, capsys):
+def test_the_pair_is_made_and_reported_once(tmp_path, capsys):
     source = write_sums(tmp_path / "sums.jsonl")
     prefix = pair(source)
     said = capsys.readouterr().err
     assert said.startswith(f"note: {source}: {len(SUMS)} documents, ")
-    assert "% in answers, which train)" in said
-    assert f"kept in {Path(prefix).parent}\n" in said
+    assert "% in answers, which are in the loss)" in said
+    assert f"cached in {Path(prefix).parent}\n" in said
     before = files_of(prefix)
     assert set(before) == {"data.bin", "data.idx", "data.meta.json", "data.mask.bin"}
     shutil.copy(source, tmp_path / "same bytes, another name.jsonl")
@@ -134,7 +134,7 @@ def test_the_pair_is_made_once_and_said_once(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_content_and_settings_make_the_key(tmp_path, monkeypatch):
+def test_the_key_depends_on_content_and_settings(tmp_path, monkeypatch):
     source = write_sums(tmp_path / "sums.jsonl")
     (tmp_path / "form").write_text("{{ record.query }}{{ answer_begin }}{{ record.response }}{{ answer_end }}")
     kinds = [{}, {"tokenizer": "world"}, {"text_key": "query"}, {"fields": ("response", "query")}]
@@ -154,7 +154,7 @@ def test_content_and_settings_make_the_key(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["idx", "bin", "mask.bin", "meta.json"])
 @pytest.mark.parametrize("how", ["gone", "cut"])
-def test_a_broken_pair_is_made_again(tmp_path, damage, how):
+def test_a_damaged_pair_is_made_again(tmp_path, damage, how):
     source = write_sums(tmp_path / "sums.jsonl")
     prefix = pair(source)
     path = Path(f"{prefix}.{damage}")
@@ -167,7 +167,7 @@ def test_a_broken_pair_is_made_again(tmp_path, damage, how):
     assert path.read_bytes() == whole
 
 
-def test_bad_records_stop_with_their_line_and_leave_nothing(tmp_path, cache):
+def test_an_invalid_record_is_reported_and_leaves_nothing(tmp_path, cache):
     source = write_sums(tmp_path / "sums.jsonl")
     with open(source, "a") as file:
         file.write('\n{"query": "?"}\n')
@@ -176,13 +176,15 @@ def test_bad_records_stop_with_their_line_and_leave_nothing(tmp_path, cache):
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
-def test_what_killed_conversions_left_goes(tmp_path, cache):
-    leftover, running = cache / f"{'0' * 32}.part", cache / f"{'1' * 32}.part"
+def test_leftovers_of_killed_conversions_are_deleted_from_the_cache(tmp_path, cache):
+    keys = ["0" * 32, "1" * 32]
+    leftover, running = (cache / f".{key}.other-123.tmp" for key in keys)
     for part in (leftover, running):
         part.mkdir(parents=True)
-        (part / "data.bin.123.tmp").write_bytes(b"half")
-    with open(running.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        (part / ".data.bin.other-123.tmp").write_bytes(b"half")
+    with file_lock(cache / f"{keys[0]}.lock", wait=False):
+        pass
+    with file_lock(cache / f"{keys[1]}.lock", wait=False):
         prefix = pair(write_sums(tmp_path / "sums.jsonl"))
     assert (leftover.exists(), running.exists(), Path(prefix + ".idx").exists()) == (False, True, True)
 
@@ -223,7 +225,7 @@ def start_racer(source: str, seconds: float) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_of_two_processes_one_converts(tmp_path):
+def test_only_one_of_two_processes_converts(tmp_path):
     source = write_sums(tmp_path / "sums.jsonl")
     first = start_racer(source, 2.0)
     assert first.stdout.readline() == "converting\n"
@@ -232,7 +234,7 @@ def test_of_two_processes_one_converts(tmp_path):
     prefix = first.communicate(timeout=60)[0].strip()
     assert (first.returncode, second.returncode) == (0, 0)
     assert said.strip() == prefix
-    assert complaints == f"note: waiting for another process, which tokenises {source}\n"
+    assert complaints == f"note: waiting for another process that tokenizes {source}\n"
     assert pair(source) == prefix
 
 
@@ -246,31 +248,31 @@ def test_a_killed_conversion_does_not_keep_others_waiting(tmp_path, cache):
     assert {path.name for path in cache.iterdir()} == {Path(prefix).parent.name, Path(prefix).parent.name + ".lock"}
 
 
-def test_a_cache_that_cannot_be_written_names_the_way_out(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_an_error_with_a_hint(tmp_path, monkeypatch):
     source = write_sums(tmp_path / "sums.jsonl")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(
-        DataError, match=r"file/rwkv_peft/data: .*cannot be kept here; found Not a directory.*XDG_CACHE_"
+        DataError, match=r"file/rwkv_peft/data: .*cannot be cached here; found Not a directory.*XDG_CACHE_"
     ):
         pair(source)
 
 
-def test_a_full_disk_names_the_way_out(tmp_path, cache, monkeypatch):
+def test_a_full_disk_is_an_error_with_a_hint(tmp_path, cache, monkeypatch):
     source = write_sums(tmp_path / "sums.jsonl")
 
     def full(*arguments):
         try:
             raise OSError(28, "No space left on device")
         except OSError as error:
-            raise DataError("data", "no space left to write", hint="--output_prefix") from error
+            raise DataError("data", "the disk is full", hint="--output_prefix") from error
 
     monkeypatch.setattr(token_cache, "convert", full)
     with pytest.raises(DataError, match=r"found No space left on device\. Set XDG_CACHE_HOME"):
         pair(source)
 
 
-def test_a_whole_pair_in_a_read_only_cache_serves(tmp_path, monkeypatch):
+def test_a_complete_pair_in_a_read_only_cache_is_used(tmp_path, monkeypatch):
     source = write_sums(tmp_path / "sums.jsonl")
     prefix = pair(source)
     monkeypatch.setattr(token_cache, "_locked", None)  # whatever writes comes after this
@@ -278,7 +280,7 @@ def test_a_whole_pair_in_a_read_only_cache_serves(tmp_path, monkeypatch):
 
 
 def test_large_files_are_hashed_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_hashes, "REMEMBER_FROM", 4)
+    monkeypatch.setattr(file_hashes, "STORE_FROM", 4)
     big, hashes = tmp_path / "big", FileHashes(tmp_path / "hashes.json")
     big.write_bytes(b"12345")
     fresh = hashes.of(str(big))
@@ -300,11 +302,11 @@ def test_large_files_are_hashed_once(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ flags and mistakes
 
 
-def test_the_name_of_a_file_decides_where_no_flag_does(tmp_path, capsys):
+def test_without_data_type_the_file_name_decides(tmp_path, capsys):
     source = write_sums(tmp_path / "sums.jsonl")
 
     def data_type(*words: str) -> str:
-        return cli.check(cli.parse_args(words)).data.data_type
+        return config_from_settings(settings_from_argv(words)).data.data_type
 
     assert data_type("--data_file", source) == "jsonl"
     assert "is read as --data_type jsonl" in capsys.readouterr().err
@@ -318,36 +320,37 @@ def test_the_name_of_a_file_decides_where_no_flag_does(tmp_path, capsys):
     assert "read as" not in capsys.readouterr().err
 
 
-def test_flags_of_json_say_that_a_pair_ignores_them(capsys):
-    cli.parse_args(["--data_file", "pair", "--tokenizer", "bytes"])
+def test_flags_for_json_are_noted_as_ignored_for_a_pair(capsys):
+    settings_from_argv(["--data_file", "pair", "--tokenizer", "bytes"])
     assert capsys.readouterr().err == "note: --tokenizer has no effect with --data_type binidx\n"
 
 
-def test_mistakes_name_the_way_out(tmp_path):
+def test_errors_have_a_hint(tmp_path):
     source = write_sums(tmp_path / "sums.jsonl")
     prefix = pair(source)
     for settings, message in (
         ({"data_file": source, "data_type": "binidx"}, r"is a file, not the prefix .*--data_type jsonl"),
         ({"data_file": str(tmp_path), "data_type": "binidx"}, r"is a folder, not the prefix .*--data_type jsonl"),
-        ({"data_file": prefix, "data_type": "sft"}, r"is a binidx pair, which --data_type sft does not read"),
+        ({"data_file": prefix, "data_type": "sft"}, r"is a binidx pair, but --data_type sft reads JSON and text"),
         ({"data_file": prefix + ".bin", "data_type": "jsonl"}, r"is a binidx pair"),
-        ({"data_file": "-", "data_type": "jsonl"}, r"-: can be read only once"),
+        ({"data_file": "-", "data_type": "jsonl"}, r"-: cannot be read twice"),
         ({"data_file": str(tmp_path / "none.jsonl"), "data_type": "jsonl"}, r"none\.jsonl: no such file"),
-        ({"data_file": source, "data_type": "jsonl", "tokenizer": "wrld"}, r"--tokenizer: bad value; found 'wrld'"),
+        ({"data_file": source, "data_type": "jsonl", "tokenizer": "wrld"}, r"--tokenizer: invalid value; found 'wrld'"),
         ({"data_file": source, "data_type": "jsonl", "template": "no"}, r"--template: cannot be read"),
     ):
         with pytest.raises(UserError, match=message):
             pairs_of(DataConfig(**settings))
-    with pytest.raises(ConfigError, match="--text_key: excludes --fields"):
+    with pytest.raises(ConfigError, match="--text_key: cannot be combined with --fields"):
         pair(source, text_key="query", fields=("query", "response"))
-    with pytest.raises(ConfigError, match=r"--fields: bad value; found query, expected two keys"):
+    with pytest.raises(ConfigError, match=r"--fields: invalid value; found query, expected two keys"):
         DataConfig(fields=("query",))
-    with pytest.raises(ConfigError, match=r"--sft_split: bad value; found test, expected train"):
-        cli.parse_args(["--sft_split", "test"])
+    with pytest.raises(ConfigError, match=r"--sft_split: invalid value; found test, expected train"):
+        settings_from_argv(["--sft_split", "test"])
 
 
+@pytest.mark.slow
 def test_end_to_end_as_a_user_starts_it(tmp_path):
-    """train.py on JSON; then tools/inspect.py shows what it read, out of the cache."""
+    """Run train.py on JSON; then tools/inspect_data.py shows the same data from the cache."""
     write_sums(tmp_path / "sums.jsonl")
     shape = "--n_layer 1 --n_embd 32 --head_size 16 --dim_ffn 64 --ctx_len 64 --micro_bsz 4 --wkv torch".split()
     words = [*shape, "--data_file", "sums.jsonl", "--tokenizer", "bytes", "--dataload", "pad", "--epoch_steps", "2"]
@@ -361,8 +364,8 @@ def test_end_to_end_as_a_user_starts_it(tmp_path):
 
     done = start("train.py", *words)
     assert "note: --data_file sums.jsonl is read as --data_type jsonl\n" in done.stderr
-    assert done.stderr.count("kept in") == 1
+    assert done.stderr.count("cached in") == 1
     assert f"data    sums.jsonl: {len(SUMS)} documents" in done.stdout
     assert (tmp_path / "out" / "rwkv-0.pth").exists()
-    shown = start("tools/inspect.py", "sums.jsonl", "--tokenizer", "bytes", "--documents", "0")
+    shown = start("tools/inspect_data.py", "sums.jsonl", "--tokenizer", "bytes", "--documents", "0")
     assert (shown.stderr, shown.stdout.count("⟦ It is 0.")) == ("", 1)

@@ -41,16 +41,16 @@ def write_chats(tmp_path: Path, texts=CHATS, spec: str = "world") -> str:
 
 
 def answers_by_text(text: str) -> str:
-    """What stands after each `Assistant:` up to the next `User:`."""
+    """Return the text after each `Assistant:` up to the next `User:`."""
     parts = [part.split("User:")[0] for part in text.split("Assistant:")[1:]]
     return "|".join(parts)
 
 
 def trained_text(reader: BinidxReader, mask, document: int, decode) -> str:
-    """Text of the trained runs of tokens, with | where something between them is left out."""
+    """Return the text of the trained tokens, with | for untrained tokens between them."""
     start, stop = reader.bounds[document : document + 2]
     runs, last = [[]], None
-    for i in np.flatnonzero(mask.trains(start, stop)):
+    for i in np.flatnonzero(mask.trained(start, stop)):
         if last is not None and i != last + 1:
             runs.append([])
         runs[-1].append(int(reader.tokens[start + i]))
@@ -59,47 +59,47 @@ def trained_text(reader: BinidxReader, mask, document: int, decode) -> str:
 
 
 @pytest.mark.parametrize("spec", ["world", "bytes"])
-def test_qa_trains_the_answers_and_nothing_else(tmp_path, spec):
-    """The mask's text is the chat's, answer by answer; a quote that shares its token with the colon is left out."""
+def test_qa_trains_only_the_answers(tmp_path, spec):
+    """The trained text is that of the answers, except a quote that shares its token with the colon."""
     reader, decode = BinidxReader(write_chats(tmp_path, spec=spec)), known_tokenizer(spec).decode
     mask = make_mask(reader, DataConfig(loss_mask="qa"))
     expected = [answers_by_text(text) for text in CHATS]
     if spec == "world":
         expected[2] = expected[2].removeprefix('"')
     assert [trained_text(reader, mask, i, decode) for i in range(len(CHATS))] == expected
-    assert (mask.name, mask.silent) == ("qa", 1)
+    assert (mask.name, mask.untrained_documents) == ("qa", 1)
     ends = reader.bounds[1:] - 1
-    assert [bool(mask.trains(end, end + 1)[0]) for end in ends] == [True, True, False, True, False]  # eod of an answer
+    assert [bool(mask.trained(end, end + 1)[0]) for end in ends] == [True, True, False, True, False]  # eod of an answer
 
 
-def test_qa_of_a_chat_token_by_token(tmp_path):
+def test_the_qa_mask_of_a_chat_token_by_token(tmp_path):
     text = "User: Hi\n\nAssistant: Hello there.\n\nUser: Bye\n\nAssistant: Bye."
     reader, encode = BinidxReader(write_chats(tmp_path, [text])), known_tokenizer("world").encode
     asked, answered = encode("User: Hi\n\nAssistant:"), encode(" Hello there.\n\n")
     asked_again, answered_again = encode("User: Bye\n\nAssistant:"), [*encode(" Bye."), 0]
     assert reader.tokens.tolist() == [*asked, *answered, *asked_again, *answered_again]
     expected = [False] * len(asked) + [True] * len(answered) + [False] * len(asked_again) + [True] * len(answered_again)
-    assert make_mask(reader, DataConfig(loss_mask="qa")).trains(0, len(expected)).tolist() == expected
+    assert make_mask(reader, DataConfig(loss_mask="qa")).trained(0, len(expected)).tolist() == expected
 
 
 @pytest.mark.parametrize("loss_mask", ["qa", "file"])
-def test_any_part_of_the_stream_has_the_masks_part(tmp_path, loss_mask):
+def test_any_range_of_tokens_has_its_part_of_the_mask(tmp_path, loss_mask):
     reader = BinidxReader(write_chats(tmp_path))
     if loss_mask == "file":
         reader.mask = np.random.default_rng(0).integers(0, 2, len(reader.tokens), dtype=np.uint8)
     mask = make_mask(reader, DataConfig(loss_mask=loss_mask))
     tokens = len(reader.tokens)
-    whole = mask.trains(0, tokens)
+    whole = mask.trained(0, tokens)
     assert 0 < whole.sum() < tokens
     for start in range(0, tokens, 3):
         for stop in range(start, min(start + 40, tokens) + 1, 2):
-            assert mask.trains(start, stop).tolist() == whole[start:stop].tolist()
+            assert mask.trained(start, stop).tolist() == whole[start:stop].tolist()
 
 
 @pytest.mark.parametrize("dataload", ["get", "walk", "pad", "only", "pack"])
 @pytest.mark.parametrize("loss_mask", ["none", "qa", "se", "file"])
 def test_every_mask_with_every_dataload(tmp_path, dataload, loss_mask):
-    """A token of the stream trains wherever it lies in a row, or nowhere; a document's first token only in windows."""
+    """Whether a token is trained does not depend on its row; a document's first token is only trained in windows."""
     reader = BinidxReader(write_chats(tmp_path))
     # In place of the tokens, their places in the stream: so a target says which one it is.
     config = DataConfig(
@@ -108,7 +108,7 @@ def test_every_mask_with_every_dataload(tmp_path, dataload, loss_mask):
     )  # fmt: skip
     tokens = len(reader.tokens)
     reader.mask = np.random.default_rng(0).integers(0, 2, tokens, dtype=np.uint8)
-    expected = make_mask(reader, config).trains(0, tokens)
+    expected = make_mask(reader, config).trained(0, tokens)
     samples = Samples(reader, config, 65536)
     reader.tokens = np.arange(tokens, dtype=np.uint16)
     windows = dataload in ("get", "walk")
@@ -128,16 +128,16 @@ def test_every_mask_with_every_dataload(tmp_path, dataload, loss_mask):
 def test_se_finds_token_ids_and_texts(tmp_path, write_pair):
     reader = BinidxReader(write_pair([[1, 7, 8, 2, 3, 9, 4, 7, 8, 5, 0], [6, 7, 0], [7, 8, 0]]))
     mask = make_mask(reader, DataConfig(loss_mask="se", mask_id={"mask1": [7, 8], "mask0": 9}))
-    assert np.flatnonzero(mask.trains(0, 17)).tolist() == [3, 4, 9, 10, 16]
-    assert mask.silent == 1
+    assert np.flatnonzero(mask.trained(0, 17)).tolist() == [3, 4, 9, 10, 16]
+    assert mask.untrained_documents == 1
     chats = BinidxReader(write_chats(tmp_path))
     by_text = DataConfig(loss_mask="se", mask_id={"mask1": "Assistant:", "mask0": "User:"})
     qa, se = (make_mask(chats, config) for config in (DataConfig(loss_mask="qa"), by_text))
-    assert qa.trains(0, len(chats.tokens)).tolist() == se.trains(0, len(chats.tokens)).tolist()
+    assert qa.trained(0, len(chats.tokens)).tolist() == se.trained(0, len(chats.tokens)).tolist()
 
 
 @pytest.mark.parametrize("value", [1.5, [], ["a"], "", None, True, {}])
-def test_a_marker_that_is_none_is_an_error(write_pair, value):
+def test_an_invalid_marker_is_an_error(write_pair, value):
     reader = BinidxReader(write_pair([[1, 2, 0]]))
     with pytest.raises(ConfigError, match=r"--mask_id mask1: .*expected a text, a token id or a list of token ids"):
         make_mask(reader, DataConfig(loss_mask="se", mask_id={"mask1": value, "mask0": 1}))
@@ -149,21 +149,21 @@ def with_mask(prefix: str, mask) -> BinidxReader:
     return reader
 
 
-def test_file_is_the_default_where_there_is_a_companion(write_pair):
+def test_file_is_the_default_if_there_is_a_mask_file(write_pair):
     prefix = write_pair([[5, 6, 0], [7, 8, 9, 0], [3, 0]])
     mask = make_mask(with_mask(prefix, [0, 1, 0, 1, 0, 1, 1, 0, 0]), DataConfig())
-    assert (mask.name, mask.silent) == ("file", 1)
+    assert (mask.name, mask.untrained_documents) == ("file", 1)
     assert make_mask(with_mask(prefix, None), DataConfig()).name == "pad"
-    assert make_mask(with_mask(prefix, [1] * 9), DataConfig(loss_mask="none")).trains(0, 9).all()
-    with pytest.raises(DataError, match=r"pair\.mask\.bin: no such file, which --loss_mask file needs"):
+    assert make_mask(with_mask(prefix, [1] * 9), DataConfig(loss_mask="none")).trained(0, 9).all()
+    with pytest.raises(DataError, match=r"pair\.mask\.bin: no such file, but --loss_mask file needs it"):
         make_mask(with_mask(prefix, None), DataConfig(loss_mask="file"))
 
 
-def test_data_that_trains_nothing_is_an_error(tmp_path, write_pair):
+def test_data_without_a_trained_token_is_an_error(tmp_path, write_pair):
     chats = BinidxReader(write_chats(tmp_path, CHATS[-1:]))
-    with pytest.raises(DataError, match="--loss_mask qa leaves nothing to train in any document"):
+    with pytest.raises(DataError, match="no document has a token in the loss with --loss_mask qa"):
         make_mask(chats, DataConfig(loss_mask="qa"))
-    with pytest.raises(DataError, match="--loss_mask file leaves nothing to train in any document"):
+    with pytest.raises(DataError, match="no document has a token in the loss with --loss_mask file"):
         make_mask(with_mask(write_pair([[5, 6, 0]]), [0, 0, 0]), DataConfig(loss_mask="file"))
 
 
@@ -171,11 +171,11 @@ def test_qa_without_the_tokenizer_is_an_error(tmp_path):
     prefix = write_chats(tmp_path)
     reader = BinidxReader(prefix)
     reader.meta = SimpleNamespace(tokenizer_spec="gone/tokenizer.json", tokenizer=reader.meta.tokenizer)
-    with pytest.raises(DataError, match=r"meta\.json: --loss_mask qa needs its tokenizer, and gone/tokenizer\.json is"):
+    with pytest.raises(DataError, match=r"--loss_mask qa needs .* but there is no file gone/tokenizer\.json"):
         make_mask(reader, DataConfig(loss_mask="qa"))
     reader.meta = SimpleNamespace(tokenizer_spec="world", tokenizer={"name": "old", "sha256": "0"})
-    with pytest.raises(DataError, match="needs its tokenizer, and world is another now"):
+    with pytest.raises(DataError, match="needs the tokenizer, but world has changed since the conversion"):
         make_mask(reader, DataConfig(loss_mask="qa"))
     reader.meta = None
-    with pytest.raises(DataError, match=r"must know the tokenizer to find its markers.*tools/json2binidx\.py"):
+    with pytest.raises(DataError, match=r"needs the tokenizer to find the markers.*rwkv-peft convert"):
         make_mask(reader, DataConfig(loss_mask="qa"))

@@ -10,14 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rwkv_peft.config.sections import DataConfig
-from rwkv_peft.data.rows.mixture import MixedSamples, open_source
+from rwkv_peft.data.rows.mixture import MixedSamples
 from rwkv_peft.data.rows.sampling import Samples, make_plan
+from rwkv_peft.data.training_data import open_data
 from rwkv_peft.errors import ConfigError, DataError
 
 
 @pytest.fixture
 def pairs(write_pair) -> tuple[str, str]:
-    """20 documents that begin with 1..20, and 5 that begin with 101..105."""
+    """Write 20 documents that begin with 1..20, and 5 that begin with 101..105."""
     few = [[i, 7, 0] for i in range(101, 106)]
     return write_pair([[i, 7, 0] for i in range(1, 21)], name="many"), write_pair(few, name="few")
 
@@ -25,7 +26,7 @@ def pairs(write_pair) -> tuple[str, str]:
 def open_pairs(pairs, shares=(None, None), **settings):
     words = [path if share is None else f"{path}:{share}" for path, share in zip(pairs, shares, strict=True)]
     config = DataConfig(**{"data_file": tuple(words), "dataload": "pad", "ctx_len": 4} | settings)
-    return open_source(config, 65536)
+    return open_data(config, 65536).samples
 
 
 def first_tokens(source, indices: range, seed: int = 3, epoch: int = 0) -> list[int]:
@@ -33,8 +34,8 @@ def first_tokens(source, indices: range, seed: int = 3, epoch: int = 0) -> list[
 
 
 def test_one_pair_needs_no_mixing(pairs):
-    assert isinstance(open_source(DataConfig(data_file=pairs[0]), 65536), Samples)
-    shared = open_source(DataConfig(data_file=(f"{pairs[0]}:0.5",)), 65536)
+    assert isinstance(open_data(DataConfig(data_file=pairs[0])).samples, Samples)
+    shared = open_data(DataConfig(data_file=(f"{pairs[0]}:0.5",))).samples
     assert isinstance(shared, Samples)
 
 
@@ -47,7 +48,7 @@ def test_shares_hold_from_the_start(pairs):
     assert [part.share for part in source.parts] == [0.7, 0.3]
 
 
-def test_each_pair_is_gone_through_before_any_row_comes_again(pairs):
+def test_no_row_of_a_pair_is_repeated_before_all_its_rows_are_used(pairs):
     tokens = first_tokens(open_pairs(pairs, (1, 2)), range(300))
     many, few = ([token for token in tokens if (token > 100) == large] for large in (False, True))
     for rows, documents in ((many, range(1, 21)), (few, range(101, 106))):
@@ -57,15 +58,15 @@ def test_each_pair_is_gone_through_before_any_row_comes_again(pairs):
         assert len({tuple(each) for each in rounds}) > 1
 
 
-def test_a_pass_ends_when_every_pair_has_been_gone_through(pairs):
-    """At 1:1 the 20 documents need 40 rows, and the 5 come four times."""
+def test_a_pass_ends_when_all_rows_of_every_pair_are_used(pairs):
+    """With shares 1:1, the 20 documents need 40 rows, in which the 5 documents come four times."""
     source = open_pairs(pairs, (0.5, 0.5))
     assert source.samples_per_pass == 40
     assert Counter(first_tokens(source, range(40))) == Counter([*range(1, 21), *(4 * [*range(101, 106)])])
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_without_shares_a_pass_is_every_row_once(pairs, epoch):
+def test_without_shares_a_pass_has_every_row_once(pairs, epoch):
     source = open_pairs(pairs)
     assert source.samples_per_pass == 25
     assert sorted(first_tokens(source, range(25), epoch=epoch)) == [*range(1, 21), *range(101, 106)]
@@ -73,7 +74,7 @@ def test_without_shares_a_pass_is_every_row_once(pairs, epoch):
 
 
 class Rows:
-    """Stands in for the samples of a pair of so many rows."""
+    """Replaces `Samples` of a pair with a number of rows."""
 
     def __init__(self, samples_per_pass: int) -> None:
         self.samples_per_pass = samples_per_pass
@@ -84,14 +85,14 @@ class Rows:
     st.lists(st.tuples(st.integers(1, 60), st.floats(0.01, 1)), min_size=2, max_size=4),
     st.booleans(), st.integers(0, 5), st.integers(0, 3),
 )  # fmt: skip
-def test_places_are_a_pure_function_that_counts_each_pair_through(parts, weighted, seed, epoch):
+def test_locate_is_a_pure_function_that_uses_each_row_in_turn(parts, weighted, seed, epoch):
     sizes, weights = zip(*parts, strict=True)
     pairs, weights = [Rows(size) for size in sizes], weights if weighted else [None] * len(sizes)
     mixed = MixedSamples(pairs, weights)
     indices = range(mixed.samples_per_pass)
-    places = [mixed.place(seed, epoch, i) for i in indices]
+    places = [mixed.locate(seed, epoch, i) for i in indices]
     other = MixedSamples(pairs, weights)
-    assert [other.place(seed, epoch, i) for i in reversed(indices)] == places[::-1]
+    assert [other.locate(seed, epoch, i) for i in reversed(indices)] == places[::-1]
     counts = [0] * len(sizes)
     for part, number in places:
         assert number == counts[part]
@@ -103,13 +104,13 @@ def test_places_are_a_pure_function_that_counts_each_pair_through(parts, weighte
         assert len(indices) <= most * 1.02 + len(sizes) + 1
 
 
-def test_a_seed_and_an_epoch_decide_the_mix(pairs):
+def test_the_mix_depends_on_seed_and_epoch(pairs):
     source = open_pairs(pairs, (0.7, 0.3))
-    orders = {tuple(source.place(seed, epoch, i)[0] for i in range(40)) for seed in (0, 1) for epoch in (0, 1)}
+    orders = {tuple(source.locate(seed, epoch, i)[0] for i in range(40)) for seed in (0, 1) for epoch in (0, 1)}
     assert len(orders) == 4
 
 
-def test_pairs_of_one_size_go_in_different_orders(write_pair):
+def test_pairs_of_equal_size_have_different_orders(write_pair):
     pairs = [write_pair([[i, 7, 0] for i in range(1, 21)], name=name) for name in ("a", "b")]
     source = open_pairs(pairs)
     a, b = ([source.parts[k].samples.sample(3, 0, i)["input_ids"][0] for i in range(20)] for k in (0, 1))
@@ -133,7 +134,7 @@ def test_plan_of_several_pairs(pairs):
         ((":3",), ((":3", None),)),
     ],
 )
-def test_what_a_word_says(words, sources):
+def test_shares_in_data_file(words, sources):
     assert DataConfig(data_file=words).sources == sources
 
 
@@ -144,18 +145,20 @@ def test_a_share_is_a_number_above_0(word):
 
 
 def test_shares_are_for_all_or_none():
-    with pytest.raises(ConfigError, match=r"--data_file: a share for some only; found a:0\.3 b, expected one for each"):
+    with pytest.raises(
+        ConfigError, match=r"--data_file: only some have a share; found a:0\.3 b, expected a share for each"
+    ):
         DataConfig(data_file=("a:0.3", "b"))
 
 
 def test_pairs_of_two_tokenizers_are_an_error(pairs):
     path = Path(pairs[1] + ".meta.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer": {"name": "other", "sha256": "1" * 64}}))
-    with pytest.raises(DataError, match="few: made with another tokenizer than the first --data_file; found other"):
+    with pytest.raises(DataError, match="few: made with a different tokenizer than the first --data_file; found other"):
         open_pairs(pairs)
 
 
-def test_the_order_is_pinned(pairs):
-    """A run begun with an older version must go on with the same data."""
+def test_the_order_never_changes(pairs):
+    """A run of an older version must resume with the same data."""
     mixed = open_pairs(pairs, (0.7, 0.3))
     assert first_tokens(mixed, range(12), seed=42, epoch=1) == [5, 103, 11, 13, 104, 14, 10, 105, 6, 17, 102, 4]

@@ -16,7 +16,7 @@ def test_is_prime_of_small_numbers():
 
 
 @pytest.mark.parametrize("composite", [3215031751, 341550071728321, 3825123056546413051])
-def test_composites_that_fool_few_witnesses(composite):
+def test_composites_that_pass_with_few_witnesses(composite):
     assert not is_prime(composite)
 
 
@@ -26,12 +26,12 @@ def test_large_primes():
 
 
 @pytest.mark.parametrize(("tokens", "ctx_len", "prime"), [(1498226207, 512, 2926181), (332115325534, 1024, 324331313)])
-def test_the_primes_that_rwkv_lm_names(tokens, ctx_len, prime):
-    """MiniPile in its README, and the Pile in its training scripts."""
+def test_primes_in_rwkv_lms_documentation(tokens, ctx_len, prime):
+    """MiniPile is in its README, and the Pile in its training scripts."""
     assert walk_prime(tokens, ctx_len) == prime
 
 
 @given(st.integers(1, 5000), st.integers(1, 40))
-def test_the_largest_of_its_kind_below_the_bound(tokens, ctx_len):
+def test_walk_prime_is_the_largest_below_the_bound(tokens, ctx_len):
     smaller = [p for p in range(2, tokens) if p < tokens / ctx_len - 1 and p % 3 == 2 and by_trial(p)]
     assert walk_prime(tokens, ctx_len) == max(smaller, default=None)

@@ -13,7 +13,7 @@ from rwkv_peft.data.rows.sampling import DataPlan, Samples, make_plan
 from rwkv_peft.errors import DataError
 from tests.data.pairs import index_bytes, write_files
 
-STREAM = [list(range(1, 101))]  # one document whose tokens say where they stand
+STREAM = [list(range(1, 101))]  # one document; the value of each token is its position, counted from 1
 
 
 def make_samples(prefix: str, vocab_size: int = 65536, **settings) -> Samples:
@@ -21,7 +21,7 @@ def make_samples(prefix: str, vocab_size: int = 65536, **settings) -> Samples:
 
 
 def numbered_documents(count: int) -> list[list[int]]:
-    """Document i is i+1 and an eod."""
+    """Document i has token i + 1 and eod."""
     return [[i + 1, 0] for i in range(count)]
 
 
@@ -42,8 +42,8 @@ def test_sample_is_a_pure_function(write_pair, dataload):
     assert different == 5 if dataload == "walk" else different > len(keys) / 2  # the walk knows the index alone
 
 
-def test_the_order_is_pinned(write_pair):
-    """A run begun with an older version must go on with the same data."""
+def test_the_order_never_changes(write_pair):
+    """A run of an older version must resume with the same data."""
     get = make_samples(write_pair(STREAM, name="get"), dataload="get", ctx_len=9)
     numbered = write_pair(numbered_documents(10), name="pad")
     pad = make_samples(numbered, dataload="pad", ctx_len=9)
@@ -53,7 +53,7 @@ def test_the_order_is_pinned(write_pair):
     assert [int(pack.sample(42, 1, i)["input_ids"][0]) for i in range(5)] == [9, 7, 1, 5, 3]
 
 
-def test_get_takes_every_window_of_the_stream_alike(write_pair):
+def test_get_chooses_all_windows_equally_often(write_pair):
     samples = make_samples(write_pair(STREAM), dataload="get", ctx_len=90)
     rows = [samples.sample(0, 0, i) for i in range(2000)]
     for row in rows[:50]:
@@ -75,7 +75,7 @@ def test_types_and_shapes(write_pair):
     }
 
 
-def test_pad_goes_through_all_documents_before_any_comes_again(write_pair):
+def test_pad_uses_all_documents_before_it_repeats_one(write_pair):
     samples = make_samples(write_pair(numbered_documents(23)), dataload="pad", ctx_len=4)
     order = [int(samples.sample(5, 2, i)["input_ids"][0]) for i in range(3 * 23)]
     rounds = [tuple(order[i : i + 23]) for i in range(0, 3 * 23, 23)]
@@ -119,14 +119,14 @@ def test_rows_of_one_token(write_pair, dataload):
 
 @pytest.mark.parametrize(("dataload", "documents"), [("get", [[0]]), ("pad", [[0], [1]])])
 def test_data_with_nothing_to_predict_is_an_error(write_pair, dataload, documents):
-    with pytest.raises(DataError, match=r"pair\.bin: nothing to predict"):
+    with pytest.raises(DataError, match=r"pair\.bin: there is nothing to predict"):
         make_samples(write_pair(documents), dataload=dataload)
 
 
 BEYOND = [[1, 2, 0], [3, 299, 300, 0], [4, 0]]
 
 
-def test_id_beyond_the_vocabulary_is_found_on_opening(write_pair):
+def test_id_outside_the_vocabulary_is_found_on_opening(write_pair):
     prefix = write_pair(BEYOND)
     make_samples(prefix, vocab_size=301)
     with pytest.raises(DataError, match=r"pair\.bin: .*300 at token 2 of document 1, expected 0 to 299"):
@@ -134,20 +134,20 @@ def test_id_beyond_the_vocabulary_is_found_on_opening(write_pair):
 
 
 @pytest.mark.parametrize("dataload", ["get", "walk", "pad", "only", "pack"])
-def test_id_beyond_the_vocabulary_is_found_in_a_sample_of_long_data(write_pair, monkeypatch, dataload):
+def test_id_outside_the_vocabulary_is_found_in_a_row_of_long_data(write_pair, monkeypatch, dataload):
     monkeypatch.setattr(sampling, "CHECK_ALL_UP_TO", 0)
     samples = make_samples(write_pair(BEYOND), vocab_size=300, dataload=dataload, ctx_len=6, micro_bsz=1)
     with pytest.raises(DataError, match=r"300 at token 2 of document 1"):
         [samples.sample(0, 0, i) for i in range(20)]
 
 
-def test_id_beyond_the_vocabulary_is_found_past_the_first_chunk(write_pair, monkeypatch):
+def test_id_outside_the_vocabulary_is_found_after_the_first_chunk(write_pair, monkeypatch):
     monkeypatch.setattr(sampling, "_CHECK_CHUNK", 4)
     with pytest.raises(DataError, match=r"300 at token 2 of document 1"):
         make_samples(write_pair(BEYOND), vocab_size=300)
 
 
-def test_negative_id_is_beyond_the_vocabulary(tmp_path):
+def test_negative_id_is_outside_the_vocabulary(tmp_path):
     prefix = write_files(tmp_path / "pair", index_bytes([3], code=4, itemsize=4), struct.pack("<3i", 5, -1, 0))
     with pytest.raises(DataError, match=r"-1 at token 1 of document 0"):
         make_samples(prefix, vocab_size=300)
@@ -158,7 +158,7 @@ def plan_of(prefix: str, world_size: int = 1, **settings) -> DataPlan:
 
 
 def test_plan_of_pad(write_pair):
-    """5 documents of 2, 3, 5, 6, 50 tokens in rows of 4 targets: 1 + 2 + 4 + 4 + 4 of 20 places are real."""
+    """5 documents of 2, 3, 5, 6, 50 tokens in rows of 4 targets: 1 + 2 + 4 + 4 + 4 of 20 targets are not padding."""
     prefix = write_pair([[1] * n for n in (2, 3, 5, 6, 50)])
     assert plan_of(prefix, world_size=2, dataload="pad", ctx_len=4, micro_bsz=2, epoch_count=3) == DataPlan(
         documents=5,
@@ -170,7 +170,7 @@ def test_plan_of_pad(write_pair):
         padding=pytest.approx(0.25),
         targets=15,
         masks=("pad",),
-        silent=0,
+        untrained_documents=0,
         wraps=False,
     )
 
@@ -184,6 +184,6 @@ def test_plan_of_get_is_one_pass(write_pair, tokens, steps, padding):
 @pytest.mark.parametrize(
     ("epoch_steps", "passes", "wraps"), [(7, 3.5, True), (3, 1.5, True), (2, 1, False), (1, 0.5, False)]
 )
-def test_epoch_steps_decide_over_the_pass(write_pair, epoch_steps, passes, wraps):
+def test_epoch_steps_override_the_pass(write_pair, epoch_steps, passes, wraps):
     plan = plan_of(write_pair(numbered_documents(4)), dataload="pad", ctx_len=10, micro_bsz=2, epoch_steps=epoch_steps)
     assert (plan.steps_per_epoch, plan.passes, plan.wraps) == (epoch_steps, passes, wraps)

@@ -1,4 +1,4 @@
-"""Bone's block products: every instruction set this CPU has, against torch in float64."""
+"""Bone's block products, with every instruction set of this CPU, compared with torch in float64."""
 
 from __future__ import annotations
 
@@ -8,43 +8,42 @@ import torch
 from rwkv_peft.ops.bone import block_products as blocks
 from rwkv_peft.ops.bone.block_products import column_blocks, mix_blocks, outer_blocks, row_blocks
 from tests.helpers import relative_error
+from tests.ops.cpu_levels import each_cpu_level
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled():
     if not blocks._has_compiled():
-        pytest.skip("the compiled products cannot be built here")
+        pytest.skip("the compiled products cannot be built on this machine")
 
 
-@pytest.fixture(params=["avx512", "avx2", "plain"])
-def level(request):
-    """Each set of kernels that this CPU can run, in turn."""
-    ops = torch.ops.rwkv_peft
-    if request.param not in ops.bone_cpu_levels():
-        pytest.skip(f"this CPU has no {request.param}")
-    before = ops.bone_use_cpu_level(request.param)
-    yield request.param
-    assert ops.bone_use_cpu_level(before) == request.param
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("groups", "rows", "r"), [(1, 1, 16), (6, 37, 16), (3, 64, 48), (5, 130, 64), (2, 67, 128)])
-def test_every_instruction_set(level, dtype, groups, rows, r):
+@pytest.mark.parametrize(
+    ("groups", "rows", "r", "dtype"),
+    [
+        (1, 1, 16, torch.float32),
+        (6, 37, 16, torch.bfloat16),
+        (3, 64, 48, torch.float32),
+        (5, 130, 64, torch.bfloat16),
+        (2, 67, 128, torch.float32),
+    ],
+)
+def test_every_instruction_set(groups, rows, r, dtype):
     torch.manual_seed(0)
     x, other = (column_blocks(torch.randn(rows, groups * r).to(dtype), r) for _ in range(2))
     matrices, tile = torch.randn(groups, r, r), torch.randn(rows, r)
     update = (x.double() + tile.double()) @ matrices.double()
-    for out_dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 3e-3)):
-        out, total = torch.ops.rwkv_peft.mix_blocks(x, matrices, tile, True, out_dtype)
-        assert out.dtype == out_dtype
-        assert relative_error(out, x.double() + update) < limit
-        assert relative_error(total, update.sum(0)) < 1e-6
-    products = torch.ops.rwkv_peft.outer_blocks(x, other, tile)
-    assert relative_error(products, (x.double() + tile.double()).mT @ other.double()) < 1e-6
+    for level in each_cpu_level("bone"):
+        for out_dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 3e-3)):
+            out, total = torch.ops.rwkv_peft.mix_blocks(x, matrices, tile, True, out_dtype)
+            assert out.dtype == out_dtype
+            assert relative_error(out, x.double() + update) < limit, level
+            assert relative_error(total, update.sum(0)) < 1e-6, level
+        products = torch.ops.rwkv_peft.outer_blocks(x, other, tile)
+        assert relative_error(products, (x.double() + tile.double()).mT @ other.double()) < 1e-6, level
 
 
-def test_bf16_results_are_rounded_as_torch_rounds():
-    """Ties, what rounds to inf, NaN: one value a row."""
+def test_bf16_results_are_rounded_as_in_torch():
+    """Ties, values that round to inf, and NaN, one value per row."""
     x = torch.tensor([1.00390625, 1.01171875, -1.00390625, 3e38, 3.4e38, 1e-40, 0.1, float("nan")])
     x = x[:, None].repeat(1, 16)[None]  # (1, 8, 16)
     out, _ = torch.ops.rwkv_peft.mix_blocks(x, torch.zeros(1, 16, 16), None, False, torch.bfloat16)
@@ -79,8 +78,8 @@ def test_results_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_rows_that_are_not_whole():
-    """Transposed and expanded inputs reach the compiled form as copies."""
+def test_rows_that_are_not_contiguous():
+    """Transposed and expanded inputs are copied for the compiled form."""
     x, matrices = column_blocks(torch.randn(48, 9).T, 16), torch.randn(3, 16, 16)
     out, _ = mix_blocks(x, matrices, dtype=torch.float32)
     assert relative_error(out, x + x @ matrices) < 1e-6
@@ -91,9 +90,9 @@ def test_rows_that_are_not_whole():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(2, 4, 8), torch.zeros(2, 8, 8), None), "multiple of 16, found 8"),
-        ((torch.zeros(2, 4, 16), torch.zeros(3, 16, 16), None), r"matrices must be \(2, 16, 16\)"),
-        ((torch.zeros(2, 4, 16), torch.zeros(2, 16, 16), torch.zeros(3, 16)), r"tile must be \(rows, r\)"),
+        ((torch.zeros(2, 4, 8), torch.zeros(2, 8, 8), None), "multiple of 16; found 8"),
+        ((torch.zeros(2, 4, 16), torch.zeros(3, 16, 16), None), r"matrices must be contiguous \(2, 16, 16\)"),
+        ((torch.zeros(2, 4, 16), torch.zeros(2, 16, 16), torch.zeros(3, 16)), r"tile must be contiguous \(4, 16\)"),
         ((torch.zeros(2, 4, 16).double(), torch.zeros(2, 16, 16), None), "fp32 or bf16"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Bone's free grouping and its two ablations, against the paper's formulas written with two loops."""
+"""Bone's free grouping and its two ablations, compared with the paper's formulas (tests/peft/definitions.py)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import pytest
 import torch
 
 from rwkv_peft.ops import products
-from rwkv_peft.ops.bone import variants as block_affine_variants
+from rwkv_peft.ops.bone import variants
 from rwkv_peft.ops.bone.layouts import block_affine_delta, bone_row
 from rwkv_peft.ops.bone.variants import bone_group, bone_hadamard, bone_unconstrained
 from tests.helpers import relative_error
+from tests.peft.definitions import bone_delta
 
 FORMS = {"group": bone_group, "unconstrained": bone_unconstrained, "hadamard": bone_hadamard}
 
-SIZES = [(96, 64, 32), (64, 224, 16), (64, 64, 64), (6, 4, 1), (96, 96, 16), (1024, 80, 16)]
-"""(O, I, r)"""
-
-
-def groups(out_features, in_features, r):
-    """Every g that divides the number of blocks."""
-    count = out_features // r * (in_features // r)
-    return [g for g in range(1, count + 1) if count % g == 0]
-
-
-def cases(sizes):
-    """(mode, O, I, r, g), every g of every size."""
-    ablations = [(mode, *size, 0) for size in sizes for mode in ("unconstrained", "hadamard")]
-    return ablations + [("group", *size, g) for size in sizes for g in groups(*size)]
+CASES = [
+    ("unconstrained", 64, 224, 16, 0, 1),
+    ("unconstrained", 64, 64, 64, 0, 1),
+    ("hadamard", 96, 96, 16, 0, 4),
+    ("hadamard", 6, 4, 1, 0, 1000),
+    ("group", 96, 96, 16, 3, 1),
+    ("group", 96, 96, 16, 6, 1000),
+    ("group", 96, 96, 16, 12, 4),
+    ("group", 96, 96, 16, 36, 1000),
+    ("group", 1024, 80, 16, 64, 3),
+    ("group", 6, 4, 1, 3, 1),
+]
+"""(mode, O, I, r, g, row blocks per slice). The slices: one, several, and several of which the last is shorter."""
 
 
 def bone_of(mode, in_features, r, g, dtype=torch.float64, scale=1.0):
@@ -36,31 +36,12 @@ def bone_of(mode, in_features, r, g, dtype=torch.float64, scale=1.0):
     return (scale * torch.randn(*first, r, r)).to(dtype).requires_grad_()
 
 
-def delta_block_by_block(weight, bone, mode):
-    """Equations 4, 11 and 12 with two loops and nothing clever; differentiable in bone."""
-    r = bone.shape[-1]
-    rows, count = [], 0
-    for a in range(weight.shape[0] // r):
-        row = []
-        for b in range(weight.shape[1] // r):
-            block = weight[a * r : a * r + r, b * r : b * r + r]
-            if mode == "group":
-                row.append(block @ bone[count % len(bone)] + bone[count % len(bone)])
-            elif mode == "unconstrained":
-                row.append(block @ bone[0, b] + bone[1, b])
-            else:
-                row.append(block * bone[b] + bone[b])
-            count += 1
-        rows.append(torch.cat(row, 1))
-    return torch.cat(rows)
-
-
 def errors(mode, x, weight, bone):
-    """Relative errors of y and of both gradients; the reference is in float64, on the same numbers."""
+    """Return the relative errors of y and of both gradients, against float64 with the same inputs."""
     y = FORMS[mode](x, weight, bone)
     grad = torch.randn(y.shape, dtype=torch.float64).to(y.dtype)
     exact = [t.detach().double().requires_grad_() for t in (x, bone)]
-    reference = exact[0] @ (weight.double() + delta_block_by_block(weight.double(), exact[1], mode)).mT
+    reference = exact[0] @ (weight.double() + bone_delta(weight.double(), exact[1], mode)).mT
     fast = (y, *torch.autograd.grad(y, (x, bone), grad))
     slow = (reference, *torch.autograd.grad(reference, exact, grad.double()))
     assert [t.dtype for t in fast] == [x.dtype, x.dtype, bone.dtype]
@@ -68,37 +49,34 @@ def errors(mode, x, weight, bone):
     return {name: relative_error(a, b) for name, a, b in zip(("y", "x", "bone"), fast, slow, strict=True)}
 
 
-def test_the_sizes_cover_every_kind_of_grouping():
-    """g divides I/r; I/r divides g, with several g; neither divides the other."""
-    kinds = set()
-    for out_features, in_features, r in SIZES:
-        for g in groups(out_features, in_features, r):
-            kinds.add((in_features // r % g == 0, g % (in_features // r) == 0))
+def test_the_cases_cover_every_kind_of_grouping():
+    """g divides I/r; I/r divides g; both; neither."""
+    groups = [(in_features // r, g) for mode, _, in_features, r, g, _ in CASES if mode == "group"]
+    kinds = {(columns % g == 0, g % columns == 0) for columns, g in groups}
     assert kinds == {(True, True), (True, False), (False, True), (False, False)}
 
 
-@pytest.mark.parametrize("blocks_at_a_time", [1, 3, 1000])
-@pytest.mark.parametrize(("mode", "out_features", "in_features", "r", "g"), cases(SIZES))
-def test_outputs_and_gradients_equal_the_paper(monkeypatch, mode, out_features, in_features, r, g, blocks_at_a_time):
-    """Whether W takes one slice or many, the last of them shorter, and sizes that end within a block."""
+@pytest.mark.parametrize(("mode", "out_features", "in_features", "r", "g", "blocks_per_slice"), CASES)
+def test_outputs_and_gradients_equal_the_paper(monkeypatch, mode, out_features, in_features, r, g, blocks_per_slice):
+    """Also if the slice size is not a multiple of a row block."""
     torch.manual_seed(0)
-    monkeypatch.setattr(block_affine_variants, "TILE_NUMBERS", (blocks_at_a_time * r + r // 2) * in_features)
+    monkeypatch.setattr(variants, "TILE_ELEMENTS", (blocks_per_slice * r + r // 2) * in_features)
     weight = torch.randn(out_features, in_features, dtype=torch.float64)
     x = torch.randn(2, 3, in_features, dtype=torch.float64, requires_grad=True)
     bone = bone_of(mode, in_features, r, g)
-    assert relative_error(block_affine_delta(weight, bone, mode), delta_block_by_block(weight, bone, mode)) < 1e-14
+    assert relative_error(block_affine_delta(weight, bone, mode), bone_delta(weight, bone, mode)) < 1e-14
     assert max(errors(mode, x, weight, bone).values()) < 1e-12
 
 
-@pytest.mark.parametrize(("mode", "out_features", "in_features", "r", "g"), cases([(8, 12, 4), (12, 8, 2)]))
-def test_gradcheck(mode, out_features, in_features, r, g):
+@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("hadamard", 0), ("group", 2)])
+def test_gradcheck(mode, g):
     torch.manual_seed(0)
-    weight = torch.randn(out_features, in_features, dtype=torch.float64)
-    bone, x = bone_of(mode, in_features, r, g), torch.randn(3, in_features, dtype=torch.float64, requires_grad=True)
+    weight, bone = torch.randn(8, 12, dtype=torch.float64), bone_of(mode, 12, 4, g)
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, bone: FORMS[mode](x, weight, bone), (x, bone))
 
 
-def test_group_of_one_row_of_blocks_is_row():
+def test_group_with_one_matrix_per_input_block_is_row():
     torch.manual_seed(0)
     weight, bone = torch.randn(96, 64), torch.randn(4, 16, 16, requires_grad=True)
     x = torch.randn(5, 64, requires_grad=True)
@@ -109,89 +87,81 @@ def test_group_of_one_row_of_blocks_is_row():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-@pytest.fixture(params=[False, True], ids=["wide products", "half products"])
-def half_products(request, monkeypatch):
-    """Products of bf16 rows in fp32, as on a CPU without AMX, or in bf16, as on a GPU."""
-    monkeypatch.setattr(products, "_has_amx", lambda: request.param)
-
-
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
-@pytest.mark.parametrize("rows", [1, 100])
-@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("hadamard", 0), ("group", 12), ("group", 32)])
+@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("hadamard", 0), ("group", 32)])
 @pytest.mark.parametrize(
-    ("dtype", "weight_dtype"),
+    ("dtype", "weight_dtype", "half_products", "rows"),
     [
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.bfloat16),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float16),
-        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, False, 1),
+        (torch.bfloat16, torch.bfloat16, False, 100),
+        (torch.bfloat16, torch.float32, True, 100),
+        (torch.float16, torch.float16, True, 1),
     ],
 )
-def test_dtypes_and_numbers_of_rows(half_products, mode, g, rows, dtype, weight_dtype):
-    """On strided input, with an adapter in fp32; with and without gradients."""
+def test_dtypes_and_numbers_of_rows(monkeypatch, mode, g, dtype, weight_dtype, half_products, rows):
+    """With strided input and an fp32 adapter, with and without gradients.
+
+    Products of bf16 rows are in fp32, as on a CPU without AMX, or in bf16, as on a GPU.
+    """
     torch.manual_seed(0)
+    monkeypatch.setattr(products, "_has_amx", lambda: half_products)
     weight, bone = (torch.randn(256, 384) / 20).to(weight_dtype), bone_of(mode, 384, 16, g, torch.float32, 0.01)
     x = torch.randn(384, rows).to(dtype).T.requires_grad_()
     found = errors(mode, x, weight, bone)
     assert max(found.values()) < LIMITS[dtype], found
     with torch.no_grad():
         y = FORMS[mode](x, weight, bone)
-        exact = weight.double() + delta_block_by_block(weight.double(), bone.double(), mode)
+        exact = weight.double() + bone_delta(weight.double(), bone.double(), mode)
         assert relative_error(y, x.double() @ exact.mT) < LIMITS[dtype]
 
 
-@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("hadamard", 0), ("group", 7), ("group", 14)])
-@pytest.mark.parametrize("wanted", ["x", "bone"])
-def test_one_gradient_alone(mode, g, wanted):
-    """A first layer's x, or an adapter that is frozen, wants none, and changes nothing in the other."""
+@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("hadamard", 0), ("group", 14)])
+def test_one_gradient_alone(mode, g):
+    """If only x or only the adapter needs a gradient, it is the same as with both."""
     torch.manual_seed(0)
     weight, bone = torch.randn(64, 112), bone_of(mode, 112, 16, g, torch.float32)
     x = torch.randn(5, 112, requires_grad=True)
-    both = dict(
-        zip(("x", "bone"), torch.autograd.grad(FORMS[mode](x, weight, bone).sin().sum(), (x, bone)), strict=True)
-    )
-    inputs = {"x": x, "bone": bone} | {"x" if wanted == "bone" else "bone": (bone, x)[wanted == "bone"].detach()}
-    y = FORMS[mode](inputs["x"], weight, inputs["bone"])
-    assert torch.equal(torch.autograd.grad(y.sin().sum(), inputs[wanted])[0], both[wanted])
+    grad_x, grad_bone = torch.autograd.grad(FORMS[mode](x, weight, bone).sin().sum(), (x, bone))
+    assert torch.equal(torch.autograd.grad(FORMS[mode](x, weight, bone.detach()).sin().sum(), x)[0], grad_x)
+    assert torch.equal(torch.autograd.grad(FORMS[mode](x.detach(), weight, bone).sin().sum(), bone)[0], grad_bone)
 
 
 @pytest.mark.parametrize(("mode", "g"), [("hadamard", 0), ("group", 6)])
 def test_half_precision_rounds_w_plus_dw_once(monkeypatch, mode, g):
-    """Rows that are unit vectors read W + dW off; a sum of rounded terms would often end beside the nearest number."""
+    """With unit vectors as rows, y is W + dW. A sum of rounded terms would often differ from the nearest bf16 value."""
     torch.manual_seed(0)
     monkeypatch.setattr(products, "_has_amx", lambda: True)
     weight, bone = torch.randn(96, 64).bfloat16(), bone_of(mode, 64, 16, g, torch.float32)
     y = FORMS[mode](torch.eye(64).bfloat16(), weight, bone)
-    exact = weight.double() + delta_block_by_block(weight.double(), bone.double(), mode)
+    exact = weight.double() + bone_delta(weight.double(), bone.double(), mode)
     assert (y.mT != exact.bfloat16()).double().mean() < 1e-3
 
 
 class RowsOnly:
-    """A weight as a quantised storage would be: rows on request, and no tensor."""
+    """A weight that is not a tensor and only returns rows, like quantized weights."""
 
     def __init__(self, weight):
-        self._weight, self.asked = weight, []
+        self._weight, self.read_rows = weight, []
         self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
         self.element_size = weight.element_size
 
     def __getitem__(self, rows):
         assert isinstance(rows, slice)
         assert rows.step is None
-        self.asked.append(rows.stop - rows.start)
+        self.read_rows.append(rows.stop - rows.start)
         return self._weight[rows].clone()
 
     def to(self, dtype):
-        self.asked.append(self.shape[0])
+        self.read_rows.append(self.shape[0])
         return self._weight.to(dtype, copy=True)
 
 
-@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("hadamard", 0), ("group", 56)])
-def test_a_weight_that_is_no_tensor_gives_the_same(monkeypatch, mode, g):
+@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("group", 56)])
+def test_a_weight_that_is_not_a_tensor_gives_the_same(monkeypatch, mode, g):
     torch.manual_seed(0)
-    monkeypatch.setattr(block_affine_variants, "TILE_NUMBERS", 32 * 112)
+    monkeypatch.setattr(variants, "TILE_ELEMENTS", 32 * 112)
     weight, bone = torch.randn(64, 112).bfloat16(), bone_of(mode, 112, 16, g, torch.float32)
     x = torch.randn(5, 112, requires_grad=True)
     storage = RowsOnly(weight)
@@ -201,11 +171,11 @@ def test_a_weight_that_is_no_tensor_gives_the_same(monkeypatch, mode, g):
         results.append((y, *torch.autograd.grad(y.sin().sum(), (x, bone))))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     if mode != "unconstrained":
-        assert storage.asked == [32] * 4, "two slices forward and two back, of two row blocks each"
+        assert storage.read_rows == [32] * 4, "two slices forward and two back, of two row blocks each"
 
 
 def kept_for_backward(function):
-    """Every tensor that the graph of function()'s result holds: saved, or an attribute of an operator's context."""
+    """Return every tensor in the graph of function()'s result: saved tensors, and attributes of operator contexts."""
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         y = function()
@@ -217,12 +187,12 @@ def kept_for_backward(function):
     return kept
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("mode", "g"), [("unconstrained", 0), ("hadamard", 0), ("group", 8), ("group", 32), ("group", 64)]
+    ("mode", "g", "dtype"),
+    [("unconstrained", 0, torch.float32), ("hadamard", 0, torch.bfloat16), ("group", 64, torch.bfloat16)],
 )
 def test_backward_keeps_nothing_weight_sized(mode, g, dtype):
-    """What the graph holds besides the frozen weight itself stays below the size of the weight."""
+    """Except for the frozen weight itself, every tensor in the graph is smaller than the weight."""
     weight, bone = torch.randn(512, 512).to(dtype), bone_of(mode, 512, 16, g, torch.float32)
     x = torch.randn(4, 512).to(dtype).requires_grad_()
     kept = kept_for_backward(lambda: FORMS[mode](x, weight, bone))
@@ -232,11 +202,18 @@ def test_backward_keeps_nothing_weight_sized(mode, g, dtype):
     assert math.prod(weight.shape) // 4 > max(t.numel() for t in others)
 
 
-@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("hadamard", 0), ("group", 4), ("group", 6)])
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("r", [16, 8])
-def test_autocast_changes_nothing(half_products, mode, g, weight_dtype, r):
-    """In the compiled products of blocks, and in those of torch, which r = 8 takes."""
+@pytest.mark.parametrize(
+    ("mode", "g", "weight_dtype", "r", "half_products"),
+    [
+        ("unconstrained", 0, torch.float32, 16, False),
+        ("unconstrained", 0, torch.bfloat16, 8, True),
+        ("hadamard", 0, torch.bfloat16, 16, True),
+        ("group", 6, torch.float32, 8, False),
+    ],
+)
+def test_autocast_changes_nothing(monkeypatch, mode, g, weight_dtype, r, half_products):
+    """Neither with the compiled block products nor with torch's, which r = 8 uses."""
+    monkeypatch.setattr(products, "_has_amx", lambda: half_products)
     torch.manual_seed(0)
     weight, bone = torch.randn(96, 64).to(weight_dtype), bone_of(mode, 64, r, g, torch.float32)
     x = torch.randn(70, 64, requires_grad=True)
@@ -250,7 +227,7 @@ def test_autocast_changes_nothing(half_products, mode, g, weight_dtype, r):
         assert all(torch.equal(one, other) for one, other in zip(plain, run(), strict=True))
 
 
-@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("hadamard", 0), ("group", 6)])
+@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("group", 6)])
 def test_second_derivatives_are_refused(mode, g):
     x, bone = torch.randn(5, 64, requires_grad=True), bone_of(mode, 64, 16, g, torch.float32)
     y = FORMS[mode](x, torch.randn(96, 64), bone)
@@ -259,9 +236,9 @@ def test_second_derivatives_are_refused(mode, g):
         first.sum().backward()
 
 
-@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("hadamard", 0), ("group", 2), ("group", 6)])
-def test_compiles_whole(mode, g):
-    """torch.compile takes the operator without a break in the graph, and agrees."""
+@pytest.mark.parametrize(("mode", "g"), [("unconstrained", 0), ("group", 6)])
+def test_compiles_to_one_graph(mode, g):
+    """torch.compile needs no graph break, and the results are the same."""
     torch.manual_seed(0)
     weight, bone = torch.randn(96, 64), bone_of(mode, 64, 16, g, torch.float32)
     x = torch.randn(70, 64, requires_grad=True)
@@ -271,6 +248,6 @@ def test_compiles_whole(mode, g):
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(*results, strict=True))
 
 
-def test_an_unknown_layout_is_named():
-    with pytest.raises(ValueError, match="mode 'rows' is none of row, col, left, group, unconstrained, hadamard"):
+def test_the_error_lists_the_layouts():
+    with pytest.raises(ValueError, match=r"mode must be row, .* or hadamard; found 'rows'"):
         block_affine_delta(torch.zeros(4, 4), torch.zeros(2, 2, 2), "rows")

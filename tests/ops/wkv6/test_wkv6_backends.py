@@ -1,4 +1,4 @@
-"""Every fast backend against the float64 reference, on both outputs and all six gradients."""
+"""Every fast backend compared with the float64 reference, for both outputs and all six gradients."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from tests.ops.wkv6.wkv6_cases import (
 )
 
 FP32_TOLERANCE = 2e-6
-"""Measured: at most 4e-7 on any output or gradient."""
+"""The measured error is at most 4e-7 for every output and gradient."""
 
 FAST_BACKENDS = ("native", "torch")
 
@@ -25,7 +25,7 @@ every_backend = pytest.mark.parametrize("backend", FAST_BACKENDS)
 
 @pytest.fixture
 def poisoned_memory():
-    """torch.empty returns NaN, so that an element that no one writes shows."""
+    """Make torch.empty return NaN, so that an element that is never written is noticed."""
     torch.use_deterministic_algorithms(True)  # also switches on torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
     yield
@@ -35,29 +35,20 @@ def poisoned_memory():
 @every_backend
 @pytest.mark.parametrize(
     ("B", "T", "H", "N"),
-    [(2, 1, 3, 32), (2, 7, 3, 32), (2, 32, 3, 32), (2, 33, 3, 32), (2, 100, 3, 32), (2, 129, 3, 32), (1, 275, 2, 64)],
+    [(2, 1, 3, 32), (2, 7, 2, 16), (2, 16, 3, 40), (2, 33, 2, 1), (2, 129, 3, 32), (1, 275, 2, 64), (2, 35, 2, 128)],
 )
 @pytest.mark.usefixtures("poisoned_memory")
 def test_equals_reference(backend, B, T, H, N):
+    """Lengths below, at and above the chunk sizes 8, 16 and 128, and any head size."""
     inputs = make_inputs(B, T, H, N)
     grads = make_output_grads(inputs)
     found = outputs_and_grads(partial(wkv6, backend=backend), inputs, grads)
     assert_close(found, reference_results(inputs, grads), FP32_TOLERANCE)
 
 
-@every_backend
-@pytest.mark.parametrize("N", [1, 16, 40, 128])
-@pytest.mark.usefixtures("poisoned_memory")
-def test_any_head_size(backend, N):
-    inputs = make_inputs(B=2, T=35, H=2, N=N)
-    grads = make_output_grads(inputs)
-    found = outputs_and_grads(partial(wkv6, backend=backend), inputs, grads)
-    assert_close(found, reference_results(inputs, grads), FP32_TOLERANCE)
-
-
-@pytest.mark.parametrize(("threads", "B"), [(2, 3), (3, 1), (64, 1)])
+@pytest.mark.parametrize(("threads", "B"), [(2, 3), (64, 1)])
 def test_native_is_bitwise_the_same_for_any_number_of_threads(threads, B):
-    """Few heads for many threads also reach the narrower tiles."""
+    """With fewer heads than threads, the kernels use narrower tiles."""
     inputs = make_inputs(B=B, T=40, H=1, N=64)
     grads = make_output_grads(inputs)
     native = partial(wkv6, backend="native")
@@ -67,10 +58,11 @@ def test_native_is_bitwise_the_same_for_any_number_of_threads(threads, B):
     assert all(torch.equal(found[name], on_one_thread[name]) for name in NAMES)
 
 
-@every_backend
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("native", torch.bfloat16), ("native", torch.float16), ("torch", torch.bfloat16)]
+)
 def test_low_precision_is_rounded_once(backend, dtype):
-    """Computed in fp32: y and the gradients of r, k, v are off by one rounding, the others not even by that."""
+    """Computed in fp32: y and the gradients of r, k, v are rounded once, and the other results are not rounded."""
     inputs = make_inputs(B=2, T=65, H=2, N=32, dtype=dtype)
     grads = make_output_grads(inputs)
     found = outputs_and_grads(partial(wkv6, backend=backend), inputs, grads)
@@ -84,19 +76,18 @@ def test_low_precision_is_rounded_once(backend, dtype):
     assert_close(found, {name: expected[name] for name in NAMES if name not in rounded}, FP32_TOLERANCE)
 
 
-@every_backend
-def test_w_and_u_may_have_the_dtype_of_r(backend):
+def test_w_and_u_may_have_the_dtype_of_r():
     inputs = [*make_inputs(B=1, T=20, H=2, N=32, dtype=torch.bfloat16)]
     inputs[3], inputs[4] = inputs[3].bfloat16(), inputs[4].bfloat16()
     grads = make_output_grads(inputs)
-    found = outputs_and_grads(partial(wkv6, backend=backend), inputs, grads)
+    found = outputs_and_grads(wkv6, inputs, grads)
     assert found["grad_w"].dtype == found["grad_u"].dtype == torch.bfloat16
     assert_close(found, reference_results(inputs, grads), 4e-3)
 
 
 @every_backend
 def test_strided_inputs(backend):
-    """Views as a model makes them: slices of one projection, a state expanded over the batch, a broadcast gradient."""
+    """Views as in a model: slices of one projection, a state expanded over the batch, and a broadcast gradient."""
     B, T, H, N = 2, 21, 2, 32
     packed = torch.randn(B, T, 3, H, N)
     state = torch.randn(H, N, N).expand(B, H, N, N)
@@ -109,7 +100,7 @@ def test_strided_inputs(backend):
 
 
 @every_backend
-@pytest.mark.parametrize("split", [1, 16, 37])
+@pytest.mark.parametrize("split", [1, 37])
 def test_split_with_carried_state_equals_one_pass(backend, split):
     def in_two_passes(r, k, v, w, u, state):
         rows = (r, k, v, w)
@@ -124,40 +115,39 @@ def test_split_with_carried_state_equals_one_pass(backend, split):
 
 
 @every_backend
-@pytest.mark.parametrize("w_value", [-1000.0, -20.0, 5.0, 10.0, 20.0, 1000.0])
-def test_extreme_decays_amid_ordinary_ones(backend, w_value):
-    """A reset (decay 0) or a hold (decay 1) in mid-chunk: finite, and right for the tokens around it."""
-    inputs = make_inputs(B=1, T=40, H=2, N=32)
-    inputs[3][:, 13] = w_value
-    inputs[3][:, 20:23, :, ::2] = w_value
+def test_extreme_decays_inside_a_chunk(backend):
+    """A decay of 0 (reset) or 1 (hold) gives finite results and does not affect the precision of other tokens."""
+    w_values = torch.tensor([-1000.0, -20.0, 5.0, 10.0, 20.0, 1000.0]).view(6, 1, 1)
+    inputs = make_inputs(B=6, T=40, H=2, N=32)  # one value per sequence
+    inputs[3][:, 13] = w_values
+    inputs[3][:, 20:23, :, ::2] = w_values[..., None]
     grads = make_output_grads(inputs)
     expected = reference_results(inputs, grads)
     expected["grad_w"] = expected["grad_w"].nan_to_num()  # inf * 0 in the reference at w = 1000; the limit is 0
     assert_close(outputs_and_grads(partial(wkv6, backend=backend), inputs, grads), expected, FP32_TOLERANCE)
 
 
-@every_backend
-def test_no_state_is_a_state_of_zeros(backend):
+def test_no_state_is_a_state_of_zeros():
     *rows, u, state = make_inputs(B=2, T=9, H=2, N=32)
-    y, last = wkv6(*rows, u, backend=backend)
-    y_zeros, last_zeros = wkv6(*rows, u, torch.zeros_like(state), backend=backend)
+    y, last = wkv6(*rows, u)
+    y_zeros, last_zeros = wkv6(*rows, u, torch.zeros_like(state))
     assert torch.equal(y, y_zeros)
     assert torch.equal(last, last_zeros)
 
 
 @every_backend
-@pytest.mark.parametrize("trained", range(6))
-def test_one_trained_input_alone(backend, trained):
-    """State tuning trains the state only; y alone carries a gradient, and no input is written to."""
+def test_one_trainable_input(backend):
+    """State tuning trains only the state. Here only y has a gradient, and no input is modified."""
     inputs = make_inputs(B=1, T=10, H=2, N=32)
     grads = make_output_grads(inputs)
     expected = outputs_and_grads(partial(wkv6, backend=backend), inputs, (grads[0], torch.zeros_like(grads[1])))
-    leaves = [x.clone().requires_grad_(i == trained) for i, x in enumerate(inputs)]
-    y, _ = wkv6(*leaves, backend=backend)
-    y.backward(grads[0])
-    assert [x.grad is not None for x in leaves] == [i == trained for i in range(6)]
-    assert torch.equal(leaves[trained].grad, expected[NAMES[2 + trained]])
-    assert all(torch.equal(leaf, x) for leaf, x in zip(leaves, inputs, strict=True))
+    for trained in range(6):
+        leaves = [x.clone().requires_grad_(i == trained) for i, x in enumerate(inputs)]
+        y, _ = wkv6(*leaves, backend=backend)
+        y.backward(grads[0])
+        assert [x.grad is not None for x in leaves] == [i == trained for i in range(6)]
+        assert torch.equal(leaves[trained].grad, expected[NAMES[2 + trained]])
+        assert all(torch.equal(leaf, x) for leaf, x in zip(leaves, inputs, strict=True))
 
 
 @every_backend

@@ -1,4 +1,4 @@
-"""The reference itself: its derivative, its layout and its meaning."""
+"""The WKV6 reference: its derivative, its layout, and its values for an example computed by hand."""
 
 import math
 
@@ -14,7 +14,7 @@ def test_gradcheck_in_all_six_inputs():
 
 
 def test_two_tokens_by_hand():
-    """Asymmetric numbers, so that a swap of key and value, or of bonus and decay, shows."""
+    """The values are asymmetric, so swapping key and value, or bonus and decay, changes the result."""
     r = torch.tensor([[1.0, 2.0], [3.0, 5.0]], dtype=torch.float64).view(1, 2, 1, 2)
     k = torch.tensor([[7.0, 11.0], [13.0, 17.0]], dtype=torch.float64).view(1, 2, 1, 2)
     v = torch.tensor([[19.0, 23.0], [29.0, 31.0]], dtype=torch.float64).view(1, 2, 1, 2)

@@ -1,4 +1,4 @@
-"""Inputs and comparisons shared by the tests of WKV6."""
+"""Inputs and comparisons for the tests of WKV6."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = ("y", "state_out", "grad_r", "grad_k", "grad_v", "grad_w", "grad_u", "gr
 
 
 def make_inputs(B: int, T: int, H: int, N: int, *, dtype=torch.float32, w_mean: float = -2.0, seed: int = 0):
-    """(r, k, v, w, u, state); w covers decays from almost 1 to almost 0."""
+    """Return (r, k, v, w, u, state). The decays of w range from almost 1 to almost 0."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -22,14 +22,14 @@ def make_inputs(B: int, T: int, H: int, N: int, *, dtype=torch.float32, w_mean: 
 
 
 def make_output_grads(inputs, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Gradients of y and of the last state; neither is zero, so both must be propagated."""
+    """Return gradients of y and of the last state. Neither is zero, so both must be propagated."""
     generator = torch.Generator().manual_seed(seed)
     r, state = inputs[0], inputs[5]
     return torch.randn(r.shape, generator=generator).to(r.dtype), torch.randn(state.shape, generator=generator)
 
 
 def outputs_and_grads(function, inputs, output_grads) -> dict[str, Tensor]:
-    """Both outputs and all six gradients of `function`, by name."""
+    """Return both outputs and all six gradients of `function` by name."""
     leaves = [x.detach().requires_grad_() for x in inputs]
     outputs = function(*leaves)
     grads = torch.autograd.grad(outputs, leaves, [g.to(y.dtype) for g, y in zip(output_grads, outputs, strict=True)])
@@ -37,12 +37,12 @@ def outputs_and_grads(function, inputs, output_grads) -> dict[str, Tensor]:
 
 
 def reference_results(inputs, output_grads) -> dict[str, Tensor]:
-    """What the float64 reference makes of the same numbers."""
+    """Return the results of the float64 reference for the same inputs."""
     return outputs_and_grads(wkv6_reference, [x.double() for x in inputs], [g.double() for g in output_grads])
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||; the plain norm where `expected` is zero."""
+    """Return ||found - expected|| / ||expected||, or ||found|| if `expected` is zero."""
     expected = expected.double().cpu()
     scale = expected.norm().item()
     return (found.double().cpu() - expected).norm().item() / (scale or 1.0)

@@ -1,7 +1,7 @@
-// The CUDA kernels of cuda/wkv6, and the order of their launches, running on the CPU behind a C interface.
-// Driven by test_wkv6_cuda_on_cpu.py.
+// Runs the CUDA kernels of cuda/wkv6/gpu, in the order of their launches, on the CPU, behind a C interface.
+// test_wkv6_cuda_on_cpu.py calls it.
 #include "wkv6_cuda_shim.h"
-#include "wkv6_passes.cuh"
+#include "passes.cuh"
 
 using namespace rwkv_peft;
 

@@ -1,8 +1,8 @@
-// The little of CUDA that the kernels of cuda/wkv6 use, on one CPU thread.
+// The part of CUDA that the kernels of cuda/wkv6/gpu use, implemented on one CPU thread.
 //
-// Each CUDA thread of a block is a fiber. __syncthreads() hands control back; a round resumes every fiber once, in
-// rising or falling order of threadIdx. A missing barrier lets some thread read too early, or write too early, in one
-// of the two orders; to show it, a single barrier of the source can be switched off. Blocks run one after the other,
+// Each CUDA thread of a block is a fiber. __syncthreads() returns control to a scheduler, which resumes every fiber once
+// per round, in rising or falling order of threadIdx. If a barrier is missing, some thread reads or writes too early in
+// one of the two orders. To show this, tests can disable a single barrier of the source. Blocks run one after the other,
 // in the same order as the threads.
 #pragma once
 
@@ -20,7 +20,7 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(threads, blocks)
-#define __shared__ static  // one block at a time: what is static is shared by its threads and by nobody else
+#define __shared__ static  // blocks run one at a time, so only the threads of one block share it
 #define __syncthreads() Block::wait(__FILE__, __LINE__)
 
 struct Index {
@@ -41,7 +41,7 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   std::memcpy(&result, &bits, sizeof result);
   return result;
 }
-// To the nearest, ties to even; the kernels' NaNs are the quiet ones, which survive the addition.
+// Rounds to nearest, ties to even. The NaNs of the kernels are quiet NaNs, which stay NaN after the addition.
 inline __nv_bfloat16 __float2bfloat16(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -105,7 +105,7 @@ class Block {
         swapcontext(&scheduler_, &fibers_[threadIdx.x].context);
         done += fibers_[threadIdx.x].done;
       }
-      if (done != 0 && done != threads) throw std::logic_error("a barrier that not every thread reaches");
+      if (done != 0 && done != threads) throw std::logic_error("not every thread reaches the same barrier");
     }
   }
 

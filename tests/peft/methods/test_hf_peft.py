@@ -8,10 +8,10 @@ import peft as hf
 import pytest
 import torch
 
-from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.peft import inject
 from rwkv_peft.peft.injection import adapter_parameters, initial_factors, peft_layers
-from tests.helpers import relative_error
+from rwkv_peft.peft.registry import method_config
+from tests.helpers import peft_section, relative_error
 from tests.peft.llama import TARGETS, perturb, small_llama, tokens, weight_gradients
 
 pytestmark = pytest.mark.filterwarnings(  # of theirs, at each other
@@ -55,7 +55,7 @@ OUR_LORA_GA = {"r": 8, "alpha": 24, "gamma": 9.0}
 def ours(base, method, options, gradients=None):
     """A copy of the base with our layers, the adapter in the base's dtype."""
     model = copy.deepcopy(base)
-    inject(model, PeftConfig(peft=method, peft_config=options, peft_targets=TARGETS), gradients=gradients)
+    inject(model, method_config(method, options), TARGETS, gradients=gradients)
     return model.to(base.dtype)
 
 
@@ -78,7 +78,7 @@ def their_parameter(model, name, names):
 
 
 def share_parameters(model, other, names):
-    """Perturb our adapter and give the other the same numbers; (ours, theirs) pairs by name."""
+    """Perturb our adapter and give the other the same values; (ours, theirs) pairs by name."""
     trained = adapter_parameters(model)
     perturb(model, trained, 0.1)
     pairs = {name: (p, their_parameter(other, name, names)) for name, p in model.named_parameters() if name in trained}
@@ -90,7 +90,7 @@ def share_parameters(model, other, names):
 
 
 def assert_same_function(model, other, pairs, limit):
-    """Logits, and the gradients of the inputs and of every parameter that trains."""
+    """Logits, and the gradients of the inputs and of every trainable parameter."""
     embeds, results = torch.randn(2, 11, 64, dtype=model.dtype), []
     for side, net in enumerate((model, other)):
         x = embeds.clone().requires_grad_()
@@ -213,8 +213,8 @@ def test_lora_on_an_embedding():
     """
     base = small_llama(wide_norms=True).double()
     model = copy.deepcopy(base)
-    peft = PeftConfig(peft="lora", peft_config={"r": 8, "alpha": 24}, peft_targets=("embed_tokens",))
-    inject(model, peft)
+    peft = peft_section("lora", {"r": 8, "alpha": 24}, peft_targets=("embed_tokens",))
+    inject(model, peft.method, peft.peft_targets)
     perturb(model.double(), adapter_parameters(model), 0.1)
     config = hf.LoraConfig(r=8, lora_alpha=24, target_modules={"embed_tokens"})
     other = hf.get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=False).eval().double()

@@ -1,4 +1,4 @@
-"""What every method must hold on an RWKV-6: what trains, files, merges, recomputation, learning rates."""
+"""Checks of every method on an RWKV-6: trainable parameters, files, merges, recomputation, learning rates."""
 
 from __future__ import annotations
 
@@ -22,16 +22,15 @@ from rwkv_peft.peft.adapter_file import (
     save_adapter,
     save_pth_adapter,
 )
-from rwkv_peft.peft.injection import inject, peft_layers
-from rwkv_peft.peft.registry import METHODS, method_config
+from rwkv_peft.peft.injection import peft_layers
+from rwkv_peft.peft.registry import method_config, method_named
 from rwkv_peft.training.optim.optimizer import build_optimizer
-from tests.helpers import TINY, lively_model, relative_error
+from tests.helpers import TINY, lively_model, peft_section, relative_error
 from tests.peft.cases import CASES, MODEL_CASES
 from tests.peft.definitions import (
     MERGEABLE,
-    MERGEABLE_NAMES,
-    NAMES,
     gradients_of,
+    is_mergeable,
     loss_and_gradients,
     name_of,
     tokens,
@@ -39,13 +38,8 @@ from tests.peft.definitions import (
 )
 
 PROMPT = MODEL_CASES[0]
-every_case = pytest.mark.parametrize(("method", "options"), CASES, ids=NAMES)
-every_adapter = pytest.mark.parametrize(("method", "options"), [*CASES, PROMPT], ids=[*NAMES, "prompt"])
-
-
-def config_of(method: str, options: dict, **more) -> PeftConfig:
-    """As config/flags.py resolves it, with every option written out."""
-    return PeftConfig(peft=method, peft_config=asdict(method_config(method, options)), **more)
+ADAPTERS = [*CASES, PROMPT]
+every_adapter = pytest.mark.parametrize(("method", "options"), ADAPTERS, ids=map(name_of, ADAPTERS))
 
 
 def base_model(**options) -> RWKV6:
@@ -54,7 +48,7 @@ def base_model(**options) -> RWKV6:
 
 
 def adapted_model(peft: PeftConfig, **options) -> RWKV6:
-    """With adapters that are not what they began as."""
+    """Return a model whose adapters differ from their initial values."""
     model = base_model(**options)
     torch.manual_seed(2)
     add_adapter(model, peft, gradients=gradients_of(model))
@@ -69,12 +63,16 @@ def logits(model: RWKV6) -> torch.Tensor:
 
 @every_adapter
 def test_exactly_the_promised_names_train(method, options):
+    """The adapter, and the parts of the base that --train_parts names."""
     model, before = base_model(), base_model()
-    targets = add_adapter(model, config_of(method, options), gradients=gradients_of(model))
-    layer = METHODS[method].layer
-    trained = {f"{t}.{name}" for t in targets for name in layer.adapter_names} if layer else {"prompt"}
+    peft = peft_section(method, options, train_parts=("time", "ln_out"))
+    targets = add_adapter(model, peft, gradients=gradients_of(model))
+    layer = method_named(method).layer
+    adapter = {f"{t}.{name}" for t in targets for name in layer.adapter_names} if layer else {"prompt"}
     kept = {f"{t}.{name}" for t in targets for name in layer.initial_names} if layer else set()
-    assert set(model.state_dict()) == set(before.state_dict()) | trained | kept
+    parts = {name for name in before.state_dict() if ".time_" in name or name.startswith("ln_out.")}
+    trained = adapter | parts
+    assert set(model.state_dict()) == set(before.state_dict()) | adapter | kept
     assert set(adapter_tensors(model)) == trained | kept
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
     hidden, _ = model.hidden(tokens())
@@ -85,23 +83,10 @@ def test_exactly_the_promised_names_train(method, options):
         assert torch.equal(tensor, model.state_dict()[name]) == (name not in derived), name
 
 
-@every_adapter
-def test_parts_of_the_base_train_beside_it(method, options):
-    model = base_model()
-    targets = add_adapter(
-        model, config_of(method, options, train_parts=("time", "ln_out")), gradients=gradients_of(model)
-    )
-    parts = {name for name, _ in base_model().named_parameters() if ".time_" in name or name.startswith("ln_out.")}
-    layer = METHODS[method].layer
-    trained = {f"{t}.{name}" for t in targets for name in layer.adapter_names} if layer else {"prompt"}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained | parts
-    assert set(loss_and_gradients(model, tokens())[1]) == trained | parts
-
-
 @pytest.mark.parametrize(("method", "options"), MODEL_CASES[1:], ids=["lisa", "none"])
 def test_methods_without_adapters_train_the_base(method, options):
     model = base_model()
-    assert add_adapter(model, config_of(method, options)) == []
+    assert add_adapter(model, peft_section(method, options)) == []
     assert all(p.requires_grad for p in model.parameters())
     assert set(model.state_dict()) == set(base_model().state_dict())
 
@@ -111,7 +96,7 @@ def save(folder, model: RWKV6, peft: PeftConfig, targets) -> tuple[str, str]:
     state = base_model().state_dict()
     save_base(state, folder / "base.pth")
     info = AdapterInfo(
-        method=peft.peft, options=peft.peft_config, targets=list(targets), fingerprint=fingerprint(state)
+        method=peft.method.name, options=asdict(peft.method), targets=list(targets), fingerprint=fingerprint(state)
     )
     save_adapter(folder / "a.safetensors", adapter_tensors(model), info)
     assert read_adapter(folder / "a.safetensors")[1] == info
@@ -119,54 +104,69 @@ def save(folder, model: RWKV6, peft: PeftConfig, targets) -> tuple[str, str]:
 
 
 @every_adapter
-@pytest.mark.parametrize("adapter_dtype", ["fp32", "bf16"])
-def test_the_adapter_file_gives_the_model_again(method, options, adapter_dtype, tmp_path):
-    """Bit for bit: everything read from the file, and as a warm start."""
-    peft = config_of(method, options, adapter_dtype=adapter_dtype, train_parts=("ln_out",))
+def test_every_file_gives_the_same_model_again(method, options, tmp_path):
+    """Bit for bit: all read from the adapter file, as a warm start, and from RWKV-PEFT's .pth."""
+    peft = peft_section(method, options, train_parts=("ln_out",))
     model = adapted_model(peft)
     assert relative_error(logits(model), logits(base_model())) > 1e-2
     base, adapter = save(tmp_path, model, peft, peft_layers(model))
     assert torch.equal(logits(load_with_adapter(base, adapter).model), logits(model))
-    options = {**peft.peft_config, "load": adapter}
-    again = config_of(method, options, adapter_dtype=adapter_dtype, train_parts=("ln_out",))
-    second = base_model()
-    add_adapter(second, again, start=warm_start(again, fingerprint(base_model().state_dict()), base))
-    assert torch.equal(logits(second.eval()), logits(model))
+
+    if "load" in asdict(peft.method):
+        again = peft_section(method, options | {"load": adapter}, train_parts=("ln_out",))
+        second = base_model()
+        add_adapter(second, again, start=warm_start(again.method, fingerprint(base_model().state_dict()), base))
+        assert torch.equal(logits(second.eval()), logits(model))
+
+    save_pth_adapter(tmp_path / "a.pth", adapter_tensors(model))
+    tensors = read_pth_adapter(tmp_path / "a.pth")
+    assert set(tensors) == set(adapter_tensors(model))
+    third = base_model()
+    add_adapter(third, peft, start=Start("a.pth", tensors, None))
+    assert torch.equal(logits(third.eval()), logits(model))
 
 
-@every_adapter
-def test_a_bf16_base_gives_the_model_again(method, options, tmp_path):
-    peft = config_of(method, options)
+@pytest.mark.parametrize(("method", "options"), [CASES[0], ("pissa", {"r": 4}), PROMPT], ids=["row", "pissa", "prompt"])
+def test_bf16_gives_the_same_model_again(method, options, tmp_path):
+    """A bf16 base, and an adapter that trained in bf16."""
+    peft = peft_section(method, options, adapter_dtype="bf16")
     model = adapted_model(peft, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.bfloat16}
     base, adapter = save(tmp_path, model, peft, peft_layers(model))
     loaded = load_with_adapter(base, adapter, dtype=torch.bfloat16).model
     assert torch.equal(logits(loaded), logits(model))
 
 
-@every_adapter
-def test_the_pth_of_rwkv_peft_gives_the_model_again(method, options, tmp_path):
-    peft = config_of(method, options)
+def test_a_warm_start_needs_the_same_method_and_options(tmp_path):
+    peft = peft_section("lora", {"r": 4, "alpha": 8})
     model = adapted_model(peft)
-    save_pth_adapter(tmp_path / "a.pth", adapter_tensors(model))
-    tensors = read_pth_adapter(tmp_path / "a.pth")
-    assert set(tensors) == set(adapter_tensors(model))
-    second = base_model()
-    add_adapter(second, peft, start=Start("a.pth", tensors, None))
-    assert torch.equal(logits(second.eval()), logits(model))
+    base, adapter = save(tmp_path, model, peft, peft_layers(model))
+    base_print = fingerprint(base_model().state_dict())
+    for method, options, message in (
+        (
+            "lora",
+            {"r": 4},
+            r"a.safetensors: the adapter was trained with alpha=8.0, but this run uses alpha=32.0. Use the same value",
+        ),
+        ("lora", {"r": 8, "alpha": 8}, "the adapter was trained with r=4, but this run uses r=8"),
+        ("dora", {"r": 4, "alpha": 8}, "the adapter was trained with method=lora, but this run uses method=dora"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            warm_start(method_config(method, options | {"load": adapter}), base_print, base)
+    warm_start(method_config("lora", {"r": 4, "alpha": 8, "lr_ratio": 2, "load": adapter}), base_print, base)
 
 
 def test_miss_is_disha_in_the_pth(tmp_path):
-    save_pth_adapter(tmp_path / "a.pth", adapter_tensors(adapted_model(config_of("miss", {"r": 16}))))
+    save_pth_adapter(tmp_path / "a.pth", adapter_tensors(adapted_model(peft_section("miss", {"r": 16}))))
     assert {name.rpartition(".")[2] for name in load_base(tmp_path / "a.pth")} == {"disha"}
 
 
-@pytest.mark.parametrize(("method", "options"), MERGEABLE, ids=MERGEABLE_NAMES)
-@pytest.mark.parametrize("targets", [(), ("head", "att.key")])
+@pytest.mark.parametrize(
+    ("method", "options", "targets"),
+    [*((*case, ()) for case in MERGEABLE), *((*case, ("head", "att.key")) for case in (CASES[0], ("pissa", {"r": 4})))],
+)
 def test_the_merged_file_equals_the_unmerged_model(method, options, targets, tmp_path):
-    if options.get("g") == 8 and targets:
-        options = options | {"g": 10}  # the head has 20 blocks
-        targets = ("head",)
-    peft = config_of(method, options, peft_targets=targets, train_parts=("ln_out",))
+    peft = peft_section(method, options, peft_targets=targets, train_parts=("ln_out",))
     model = adapted_model(peft)
     base, adapter = save(tmp_path, model, peft, peft_layers(model))
     before = load_base(base)
@@ -176,9 +176,9 @@ def test_the_merged_file_equals_the_unmerged_model(method, options, targets, tmp
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_base(base).items())
 
 
-@pytest.mark.parametrize(("method", "options"), [CASES[-1], PROMPT], ids=["adapter", "prompt"])
-def test_what_is_no_matrix_cannot_be_merged(method, options, tmp_path):
-    peft = config_of(method, options)
+@pytest.mark.parametrize(("method", "options"), [case for case in ADAPTERS if not is_mergeable(case)])
+def test_methods_that_are_no_matrix_cannot_be_merged(method, options, tmp_path):
+    peft = peft_section(method, options)
     model = adapted_model(peft)
     base, adapter = save(tmp_path, model, peft, peft_layers(model))
     with pytest.raises(CheckpointError, match=rf"a.safetensors: .*{method}.* cannot be merged.*--adapter"):
@@ -187,12 +187,12 @@ def test_what_is_no_matrix_cannot_be_merged(method, options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [*CASES, *MODEL_CASES], ids=[*NAMES, *(name_of(case) for case in MODEL_CASES)]
+    ("method", "options"), [*CASES, *MODEL_CASES], ids=[name_of(case) for case in [*CASES, *MODEL_CASES]]
 )
 def test_recomputing_blocks_changes_nothing(method, options):
     results = []
     for grad_cp in (False, True):
-        model = adapted_model(config_of(method, options), grad_cp=grad_cp).train()
+        model = adapted_model(peft_section(method, options), grad_cp=grad_cp).train()
         torch.manual_seed(7)  # of dropout
         results.append(loss_and_gradients(model, tokens()))
     (loss, gradients), (loss_cp, gradients_cp) = results
@@ -207,7 +207,7 @@ def test_recomputing_blocks_changes_nothing(method, options):
 def test_b_learns_at_its_own_rate(method):
     """LoRA+: the first step of Adam moves everything by its rate."""
     model = base_model()
-    peft = config_of(method, {"r": 4, "lr_ratio": 16})
+    peft = peft_section(method, {"r": 4, "lr_ratio": 16})
     add_adapter(model, peft, gradients=gradients_of(model))
     train_a_little(model)
     optimizer = build_optimizer(model, OptimConfig(lr_init=1e-3))
@@ -218,37 +218,18 @@ def test_b_learns_at_its_own_rate(method):
         assert by_id[id(parameter)]["lr_scale"] == (16 if name.endswith(".lora_B") else 1), name
 
 
-@every_adapter
-def test_on_meta_it_has_names_and_shapes_only(method, options):
-    """A dry run: nothing is initialised, so nothing is asked for."""
-    shapes = []
-    for model in (model_on_meta(TINY), base_model()):
-        gradients = gradients_of(model) if method == "lora_ga" and not model.emb.weight.is_meta else None
-        add_adapter(model, config_of(method, options), gradients=gradients)
-        shapes.append({name: (p.shape, p.requires_grad) for name, p in model.named_parameters()})
-    assert shapes[0] == shapes[1]
+def test_on_meta_a_model_has_names_and_shapes_only():
+    """A dry run: nothing is initialized, so no gradients are needed."""
+    for method, options in ADAPTERS:
+        shapes = []
+        for model in (model_on_meta(TINY), base_model()):
+            gradients = None if model.emb.weight.is_meta else gradients_of(model)
+            add_adapter(model, peft_section(method, options), gradients=gradients)
+            shapes.append({name: (p.shape, p.requires_grad) for name, p in model.named_parameters()})
+        assert shapes[0] == shapes[1], method
 
 
 def test_one_rate_unless_asked():
     model = base_model()
-    add_adapter(model, config_of("lora", {"r": 4}))
+    add_adapter(model, peft_section("lora", {"r": 4}))
     assert {group["lr_scale"] for group in build_optimizer(model, OptimConfig()).param_groups} == {1.0}
-
-
-@every_case
-def test_foreign_modules_of_any_dtype(method, options):
-    """Linear layers with a bias inside someone else's model; the tied head of an embedding is left alone."""
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Embedding(96, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 96)).to(
-            dtype
-        )
-        model[2].weight = model[0].weight
-        before, ids = model(torch.arange(9)), torch.arange(9)
-        peft = PeftConfig(peft=method, peft_config=options, peft_targets=("1", "2"))
-        assert inject(model, peft, gradients=gradients_of(model)) == ["1", "2"]
-        after = model.eval()(ids)
-        assert after.dtype == dtype
-        assert relative_error(after, before) < (1e-5 if dtype == torch.float32 else 2e-2)
-        train_a_little(model)
-        assert relative_error(model(ids), before) > 1e-2

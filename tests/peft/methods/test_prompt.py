@@ -7,17 +7,16 @@ import torch
 from torch import nn
 
 from rwkv_peft.adapted_model import add_adapter
-from rwkv_peft.config.sections import PeftConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.inference.generate import generate
 from rwkv_peft.model.init import model_from_state, model_on_meta
 from rwkv_peft.model.rwkv6 import RWKV6
 from rwkv_peft.peft.injection import inject
-from tests.helpers import TINY, lively_model, relative_error, with_shape
+from tests.helpers import TINY, lively_model, peft_section, relative_error, with_shape
 from tests.peft.definitions import loss_and_gradients, tokens, train_a_little
 
 COUNT = 5
-PEFT = PeftConfig(peft="prompt", peft_config={"tokens": COUNT})
+PEFT = peft_section("prompt", {"tokens": COUNT})
 
 
 def prompted_model(**options) -> RWKV6:
@@ -96,7 +95,7 @@ def test_generation_uses_it():
 
 
 def test_texts_of_a_batch_do_not_share_what_follows():
-    """The prompt's state is one for all, and each text goes on from its own."""
+    """All texts start from the prompt's state, and each continues from its own."""
     model = double(prompted_model())
     ids = tokens(batch=2)
     _, state = model(ids)
@@ -121,7 +120,7 @@ def test_starts_as_words_of_the_vocabulary():
 @pytest.mark.parametrize(("adapter_dtype", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_dtype_of_what_trains(adapter_dtype, dtype):
     model = model_from_state(TINY, lively_model().state_dict(), "lively", dtype=torch.bfloat16)
-    add_adapter(model, PeftConfig(peft="prompt", adapter_dtype=adapter_dtype))
+    add_adapter(model, peft_section("prompt", adapter_dtype=adapter_dtype))
     assert model.prompt.dtype == dtype
     assert model(tokens())[0].dtype == torch.bfloat16
 
@@ -134,6 +133,8 @@ def test_on_meta_it_has_a_shape_only():
 
 def test_a_foreign_module_has_no_place_for_it():
     model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
-    with pytest.raises(ConfigError, match=r"--peft: this model takes no prompt; found prompt, expected a method with"):
-        inject(model, PEFT)
+    with pytest.raises(
+        ConfigError, match=r"--peft: this model does not support prompts; found prompt, expected a method with"
+    ):
+        inject(model, PEFT.method, PEFT.peft_targets)
     assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""The checkpoint file: what goes in comes out, and what is damaged is never taken for good."""
+"""The checkpoint file: reading returns what was written, and damage is always detected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from rwkv_peft.training.checkpoint.file import (
     prune,
     read_checkpoint,
     read_manifest,
-    remove_leftovers,
     write_checkpoint,
 )
 
@@ -33,7 +32,7 @@ def tensors():
         "model/a": torch.randn(3, 4),
         "half/a": torch.randn(3, 5).bfloat16(),
         "step": torch.tensor(3.0),
-        "turned": torch.randn(4, 6).T,
+        "transposed": torch.randn(4, 6).T,
         "wide": torch.randn(7, dtype=torch.float64),
     }
 
@@ -45,7 +44,7 @@ def path(tmp_path, tensors):
     return path
 
 
-def test_what_goes_in_comes_out(path, tensors):
+def test_reading_returns_what_was_written(path, tensors):
     found = read_checkpoint(path)
     assert found.manifest == MANIFEST == read_manifest(path)
     assert found.tensors.keys() == tensors.keys()
@@ -54,15 +53,15 @@ def test_what_goes_in_comes_out(path, tensors):
         assert torch.equal(found.tensors[name], tensor), name
 
 
-def test_any_reader_of_safetensors_opens_it(path, tensors):
+def test_any_safetensors_reader_opens_it(path, tensors):
     theirs = load_file(path)
     checksum = theirs.pop("sha256")
     assert bytes(checksum.tolist()) == hashlib.sha256(path.read_bytes()[:-32]).digest()
     assert all(torch.equal(theirs[name], tensors[name]) for name in tensors)
 
 
-def test_every_flipped_byte_is_found(path):
-    """Each byte of header and checksum, and a draw of the rest."""
+def test_a_flipped_bit_is_detected(path):
+    """In every byte of the length field and the checksum, and in every seventh of the other bytes."""
     good = path.read_bytes()
     places = {*range(0, len(good), 7), *range(len(good) - 32, len(good)), *range(16)}
     for place in places:
@@ -75,29 +74,40 @@ def test_every_flipped_byte_is_found(path):
     read_checkpoint(path)
 
 
-def test_every_cut_is_found(path):
+def test_a_truncated_file_is_detected(path):
     good = path.read_bytes()
     for length in (0, 1, 7, 8, 31, 33, 200, len(good) // 2, len(good) - 33, len(good) - 32, len(good) - 1):
         path.write_bytes(good[:length])
-        with pytest.raises(CheckpointError, match="damaged or cut off"):
+        with pytest.raises(CheckpointError, match="damaged or truncated"):
             read_checkpoint(path)
     path.write_bytes(good + b"\0")
-    with pytest.raises(CheckpointError, match="damaged or cut off"):
+    with pytest.raises(CheckpointError, match="damaged or truncated"):
         read_checkpoint(path)
     path.unlink()
     with pytest.raises(CheckpointError, match="not a readable checkpoint"):
         read_checkpoint(path)
 
 
-def test_another_format_is_refused(path, tensors, monkeypatch):
-    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 2)
+def test_a_newer_format_is_refused(path, tensors, monkeypatch):
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 3)
     write_checkpoint(path, tensors, MANIFEST)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="found format 2, expected format 1"):
-        read_checkpoint(path)
+    for read in (read_checkpoint, read_manifest):
+        with pytest.raises(
+            CheckpointError, match=r"step-000007.*checkpoint format; found 3, expected 2 or less.*newer"
+        ):
+            read(path)
 
 
-def test_a_full_disk_leaves_what_was_there(path, tensors, monkeypatch):
+def test_the_state_of_parts_in_format_1_is_converted(path, tensors, monkeypatch):
+    """Format 1 kept it under the class names of that time; classes whose state is no longer used are ignored."""
+    monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 1)
+    write_checkpoint(path, tensors, MANIFEST | {"callbacks": {"Validator": {"best": 2.5}, "StepRecorder": {}}})
+    monkeypatch.undo()
+    assert read_checkpoint(path).manifest["parts"] == {"validation": {"best": 2.5}}
+
+
+def test_a_full_disk_leaves_the_old_file(path, tensors, monkeypatch):
     good = path.read_bytes()
     full = OSError(errno.ENOSPC, "No space left on device")
 
@@ -112,17 +122,10 @@ def test_a_full_disk_leaves_what_was_there(path, tensors, monkeypatch):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_pruning_keeps_the_newest_down_from_a_step(tmp_path):
+def test_pruning_keeps_the_newest_up_to_a_step(tmp_path):
     for step in (1, 2, 3, 10, 20, 1234567):
         checkpoint_path(tmp_path, step).touch()
     (tmp_path / "step-notes.txt").touch()
     prune(tmp_path, 10, 2)
     assert list(list_checkpoints(tmp_path)) == [10, 3]
     assert (tmp_path / "step-notes.txt").exists()
-
-
-def test_leftovers_of_killed_runs_go(path):
-    left = path.with_name(f".{path.name}.99.tmp")
-    left.touch()
-    remove_leftovers(path.parent)
-    assert list(path.parent.iterdir()) == [path]

@@ -1,7 +1,4 @@
-"""Runs that are killed and go on: the losses and the adapter are those of a run that was not, bit for bit.
-
-Six kills by default, fifty with `--all-kills` (`make test-slow`).
-"""
+"""Runs that are killed and resumed: losses and adapter equal those of an uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -28,16 +25,20 @@ KINDS = {
     "lora_dropout_bf16": ["--peft", "lora", "--lora_config", '{"r":4,"dropout":0.2}', "--precision", "bf16"],
     "bone_bf16": ["--peft", "bone", "--bone_config", '{"r":16,"mode":"col"}', "--precision", "bf16"],
 }
+FAST = 4
+"""Kills that are not marked slow: each of KINDS, half of them while a file is written."""
 COMMON = (
     "--accelerator cpu --dataload pad --ctx_len 32 --micro_bsz 2 --epoch_steps 8 --epoch_count 2 --lr_init 1e-3 "
     "--lr_final 1e-4 --accumulate_grad_batches 2 --save_every 1"
 ).split()
-"""8 steps, a checkpoint at each."""
+"""8 steps, with a checkpoint after each."""
+KILLS = [*range(FAST), *(pytest.param(number, marks=pytest.mark.slow) for number in range(FAST, 50))]
+"""Numbers of the kills. Each seeds the random choice of its moment."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A run that nothing happened to."""
+    """An uninterrupted run."""
 
     flags: list[str]
     step_seconds: float
@@ -63,18 +64,14 @@ def references(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return made
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "kill" in metafunc.fixturenames:
-        metafunc.parametrize("kill", range(50 if metafunc.config.getoption("all_kills") else 6))
-
-
-def test_a_killed_run_goes_on_as_if_nothing_had_been(kill, warm, references, tmp_path):
-    """Every other kill comes while a file is written, the rest at any moment; some runs are killed again."""
+@pytest.mark.parametrize("kill", KILLS)
+def test_a_killed_run_resumes_exactly(kill, warm, references, tmp_path):
+    """Odd kills come while a file is written, even ones at any time. Some runs are killed again after they resumed."""
     draw = random.Random(kill)
     reference = references[list(KINDS)[kill % len(KINDS)]]
     flags = [*reference.flags, "--proj_dir", str(tmp_path / "run"), "--resume", "auto"]
     while not killed(kill, draw, warm, flags, reference.step_seconds, tmp_path / "log"):
-        shutil.rmtree(tmp_path / "run")  # it was done before
+        shutil.rmtree(tmp_path / "run")  # it ended before the kill
     if draw.random() < 0.3:
         killed(kill, draw, warm, flags, reference.step_seconds, tmp_path / "log")
     assert warm.run(flags, tmp_path / "log") == 0, (tmp_path / "log").read_text()
@@ -82,7 +79,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(kill, warm, references, tmp
 
 
 def killed(kill: int, draw: random.Random, warm: Warm, flags: list[str], seconds: float, log: Path) -> bool:
-    """Begin or go on, and kill, up to `seconds` after some step; False where the run ended first."""
+    """Start or resume a run and kill it.
+
+    Args:
+        kill: number of the kill; odd ones come while a file is written.
+        seconds: upper limit of the time between a step and the kill.
+    Returns:
+        Whether the run was killed; otherwise it ended before.
+    """
     if kill % 2:
         call, most = draw.choice([("write", 300), ("write", 300), ("fsync", 18), ("replace", 10), ("unlink", 12)])
         code = warm.run(flags, log, die_at=(call, draw.randint(1, most)))
@@ -90,7 +94,7 @@ def killed(kill: int, draw: random.Random, warm: Warm, flags: list[str], seconds
         pid = warm.start(flags, log)
         wait_for_lines(pid, Path(flags[flags.index("--proj_dir") + 1]) / "metrics.jsonl", draw.randint(0, 7))
         time.sleep(draw.uniform(0, seconds))
-        with suppress(ProcessLookupError):  # ended
+        with suppress(ProcessLookupError):  # it has ended
             os.kill(pid, signal.SIGKILL)
         code = warm.wait()
     assert code in (-signal.SIGKILL, 0), log.read_text()
@@ -98,7 +102,7 @@ def killed(kill: int, draw: random.Random, warm: Warm, flags: list[str], seconds
 
 
 def wait_for_lines(pid: int, metrics: Path, count: int) -> None:
-    """Until so many steps are written down, or the process has ended."""
+    """Wait until so many steps are in metrics.jsonl, or the process has ended."""
     while os.path.exists(f"/proc/{pid}"):
         with suppress(FileNotFoundError):
             if metrics.read_bytes().count(b"\n") >= count:
@@ -107,7 +111,7 @@ def wait_for_lines(pid: int, metrics: Path, count: int) -> None:
 
 
 def compare(folder: Path, reference: Path) -> None:
-    """The same metrics but for times, the same adapters, and no more files than one that a kill kept from going."""
+    """Check that metrics (except times) and adapters are equal, and that at most one old checkpoint was not deleted."""
     for name in ("step", "loss", "lr", "tokens", "grad_norm"):
         assert values(folder, name) == values(reference, name), name
     for file in ("rwkv-0.safetensors", "rwkv-1.safetensors"):

@@ -1,4 +1,4 @@
-"""Processes that others start: flags that fit the launcher, and two launchers on one machine as two machines."""
+"""Processes started by a launcher: checks of the flags, and two launchers on this machine as two machines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import pytest
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.training.distributed.launch import check_launch
 from tests.training.distributed.pairs import ENVIRONMENT, ROOT
-from tests.training.distributed.test_scale import flags_of, in_one, largest_difference, metrics, write_data
+from tests.training.distributed.test_scale import flags_of, in_one, largest_difference, write_data
+from tests.training.small_runs import metrics
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "LOCAL_RANK": "0"}
 SLURM = {"SLURM_JOB_NAME": "train", "SLURM_PROCID": "0"}
@@ -25,7 +26,7 @@ DEEPSPEED = {"RANK": "0", "LOCAL_RANK": "0", "CROSS_RANK": "0", "MASTER_ADDR": "
     ("devices", "num_nodes", "environment"),
     [
         (2, 1, {}),
-        (1, 1, {"WORLD_SIZE": "4"}),  # a shell's leftover: nobody has numbered this process
+        (1, 1, {"WORLD_SIZE": "4"}),  # left in the shell: no launcher gave this process a rank
         (2, 2, {"MASTER_ADDR": "a", "NODE_RANK": "1"}),
         (2, 1, TORCHRUN | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}),
         (1, 2, TORCHRUN | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}),
@@ -35,49 +36,52 @@ DEEPSPEED = {"RANK": "0", "LOCAL_RANK": "0", "CROSS_RANK": "0", "MASTER_ADDR": "
         (1, 2, DEEPSPEED | {"WORLD_SIZE": "2", "LOCAL_SIZE": "1"}),
     ],
 )
-def test_flags_that_fit(devices, num_nodes, environment):
+def test_flags_that_agree(devices, num_nodes, environment):
     check_launch(devices, num_nodes, environment)
 
 
 @pytest.mark.parametrize(
     ("devices", "num_nodes", "environment", "message"),
     [
-        (1, 2, {}, "--num_nodes: bad value; found 2 without a launcher, expected torchrun, srun or deepspeed"),
+        (1, 2, {}, "--num_nodes: 2 machines need a launcher"),
         (
             1,
             1,
             TORCHRUN | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
-            "--devices: bad value; found 1, where torchrun started 2 on this machine, expected 2",
+            "--devices: invalid value; found 1, but torchrun started 2 on this machine, expected 2",
         ),
         (
             1,
             1,
             TORCHRUN | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"},
-            "--num_nodes: bad value; found 1 with --devices 1, where torchrun started 2 processes in all, expected 2",
+            "--num_nodes: invalid value; found 1 with --devices 1, but torchrun started 2 processes in total",
         ),
         (
             2,
             2,
             SLURM | {"SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "2"},
-            "--num_nodes: bad value; found 2 with --devices 2, where srun started 8 processes in all, expected 4",
+            "--num_nodes: invalid value; found 2 with --devices 2, but srun started 8 processes in total, expected 4",
         ),
-        (2, 2, SLURM | {"SLURM_NTASKS": "4"}, "--devices: srun does not say how many tasks each machine has"),
+        (2, 2, SLURM | {"SLURM_NTASKS": "4"}, "--devices: srun does not report how many tasks run on each machine"),
         (
             1,
             3,
             DEEPSPEED | {"WORLD_SIZE": "2", "LOCAL_SIZE": "1"},
-            "--num_nodes: bad value; found 3 with --devices 1, where the launcher started 2 processes in all",
+            "--num_nodes: invalid value; found 3 with --devices 1, but the launcher started 2 processes in total",
         ),
     ],
 )
-def test_flags_that_do_not_fit(devices, num_nodes, environment, message):
+def test_flags_that_disagree(devices, num_nodes, environment, message):
     with pytest.raises(ConfigError) as error:
         check_launch(devices, num_nodes, environment)
     assert str(error.value).startswith(message)
 
 
 def launcher_of(launcher: str, port: int, node: int) -> list[str]:
-    """The launcher of one of two machines with a process each; what `deepspeed --hostfile` starts there by ssh."""
+    """Return the launcher's command on one of two machines with one process each.
+
+    For `deepspeed --hostfile` it is the command that DeepSpeed starts there by ssh.
+    """
     if launcher == "torchrun":
         words = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --node-rank {node} --rdzv-backend c10d"
         return f"{words} --rdzv-id 1 --rdzv-endpoint localhost:{port}".split()
@@ -113,4 +117,4 @@ def test_two_machines_have_the_losses_of_one(launcher: str, strategy: str, tmp_p
     assert [machine.returncode for machine in machines] == [0, 0], "\n".join(output[-4000:] for output in outputs)
     assert largest_difference(metrics(tmp_path / "pair"), alone) < 1e-5
     saved = [output.count("saved ") for output in outputs]
-    assert sorted(saved) == [0, 1], "one process of all says and saves"
+    assert sorted(saved) == [0, 1], "only process 0 may print and save"

@@ -1,4 +1,4 @@
-"""`--logger`: what each gets is what metrics.jsonl holds."""
+"""`--logger`: every logger receives what metrics.jsonl has."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from types import ModuleType
 
 import pytest
 
-from rwkv_peft.config import flags as cli
 from rwkv_peft.config.sections import TrainConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.training.metrics import loggers
+from rwkv_peft.training.metrics.events import StepMetrics
 from rwkv_peft.training.metrics.loggers import CsvFile, TensorBoard, check_loggers, wanted
-from rwkv_peft.training.metrics.recorder import MetricsFile, StepMetrics
-from tests.training.small_runs import train, write_inputs
+from rwkv_peft.training.metrics.metrics_file import MetricsFile
+from tests.training.small_runs import config_of, train, write_inputs
 
 FOURTH = "step-000004.safetensors"
 BONE = ["--peft", "bone", "--bone_config", '{"r":16}', "--epoch_steps", "2"]
@@ -25,11 +25,11 @@ BONE = ["--peft", "bone", "--bone_config", '{"r":16}', "--epoch_steps", "2"]
 
 @dataclass(frozen=True)
 class OtherEvent:
-    """Something that is no optimizer step."""
+    """An event that is not an optimizer step."""
 
     step: int
     val_loss: float
-    remark: str = "text is no curve"
+    remark: str = "text cannot be drawn"
 
 
 def metrics(step: int) -> StepMetrics:
@@ -46,7 +46,7 @@ def rows_of(path: Path) -> list[dict]:
         return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def test_csv_holds_what_metrics_jsonl_holds_and_goes_on_with_it(inputs, tmp_path):
+def test_csv_has_the_steps_of_metrics_jsonl(inputs, tmp_path):
     rows = train(tmp_path / "run", inputs, *BONE, "--logger", "csv")
     assert rows_of(tmp_path / "run" / "metrics.csv") == rows
     rows = train(tmp_path / "run", inputs, *BONE, "--logger", "csv", "--epoch_begin", "1")
@@ -57,8 +57,8 @@ def test_csv_holds_what_metrics_jsonl_holds_and_goes_on_with_it(inputs, tmp_path
     assert len(rows) == 2
 
 
-def test_csv_of_a_resumed_run_is_that_of_its_metrics(inputs, tmp_path):
-    """In its own folder, and in one that holds another run."""
+def test_csv_of_a_resumed_run(inputs, tmp_path):
+    """In the run's own folder, and in a folder with another run."""
     steps = ["--epoch_steps", "6", "--save_every", "2", "--logger", "csv"]
     rows = train(tmp_path / "run", inputs, *BONE, *steps)
     train(tmp_path / "other", inputs, *BONE, *steps, "--random_seed", "1")
@@ -68,7 +68,7 @@ def test_csv_of_a_resumed_run_is_that_of_its_metrics(inputs, tmp_path):
         assert rows_of(tmp_path / folder / "metrics.csv") == again
 
 
-def test_a_full_disk_costs_the_csv_a_warning(tmp_path, capsys):
+def test_a_full_disk_is_reported_once_by_the_csv_file(tmp_path, capsys):
     file = CsvFile(tmp_path / "m.csv")
     file(metrics(1))
 
@@ -87,7 +87,7 @@ def test_a_full_disk_costs_the_csv_a_warning(tmp_path, capsys):
     assert len(rows_of(tmp_path / "m.csv")) == 1
 
 
-def test_other_events_go_into_metrics_jsonl_alone(tmp_path):
+def test_other_events_are_only_in_metrics_jsonl(tmp_path):
     consumers = [CsvFile(tmp_path / "m.csv"), MetricsFile(tmp_path / "m.jsonl")]
     for consumer in consumers:
         for event in (metrics(1), OtherEvent(1, 2.0), metrics(2)):
@@ -106,16 +106,16 @@ def test_other_events_go_into_metrics_jsonl_alone(tmp_path):
         (["--wandb", "project"], "--wandb: the package wandb is not installed. pip install wandb"),
     ],
 )
-def test_a_missing_package_is_said_before_the_model_is_loaded(flags, message, inputs, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported_before_the_model_is_loaded(flags, message, inputs, tmp_path, monkeypatch):
     monkeypatch.setattr(loggers, "find_spec", lambda name: None)
-    monkeypatch.setattr("rwkv_peft.training.run.prepare", lambda config: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rwkv_peft.training.run.prepare", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=message):
         train(tmp_path / "run", inputs, *BONE, *flags)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_is_no_package(tmp_path, monkeypatch):
-    """wandb leaves a folder `wandb` where it ran."""
+def test_a_folder_is_not_a_package(tmp_path, monkeypatch):
+    """wandb creates a folder `wandb` in the current directory."""
     (tmp_path / "wandb").mkdir()
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
@@ -126,13 +126,14 @@ def test_a_folder_is_no_package(tmp_path, monkeypatch):
 def test_names_of_loggers():
     assert wanted(TrainConfig(logger=("wandb", "csv"), wandb="p")) == ("wandb", "csv")
     assert wanted(TrainConfig(wandb="p")) == ("wandb",)
-    assert cli.parse_args(["--logger", "csv,tensorboard"])["logger"] == ("csv", "tensorboard")
-    with pytest.raises(ConfigError, match="--logger: bad value; found mlflow, expected csv, tensorboard or wandb"):
+    config = config_of("--logger csv,tensorboard --n_layer 1 --n_embd 64 --dry_run".split())
+    assert config.train.logger == ("csv", "tensorboard")
+    with pytest.raises(ConfigError, match="--logger: invalid value; found mlflow, expected csv, tensorboard or wandb"):
         TrainConfig(logger=("csv", "mlflow"))
 
 
 class FakeWriter:
-    """Stands for torch.utils.tensorboard.SummaryWriter, whose package the tests do without."""
+    """Replaces torch.utils.tensorboard.SummaryWriter, because the package is not installed for tests."""
 
     def __init__(self, folder: str, purge_step: int | None, flush_secs: int) -> None:
         self.folder, self.purge_step, self.scalars, self.closed = folder, purge_step, [], False
@@ -145,15 +146,15 @@ class FakeWriter:
 
 
 @pytest.mark.parametrize(
-    ("go_on", "first", "purged"),
+    ("append", "first", "purged"),
     [(False, 1, 1), (True, 501, 501), (True, 1, None)],
-    ids=["a new run forgets the old", "a resumed one forgets what it does again", "--epoch_begin forgets nothing"],
+    ids=["new run", "resumed run", "epoch_begin"],
 )
-def test_tensorboard_gets_every_number(go_on, first, purged, tmp_path, monkeypatch):
+def test_tensorboard_gets_every_number(append, first, purged, tmp_path, monkeypatch):
     module = ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = FakeWriter
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    board = TensorBoard(tmp_path / "tensorboard", go_on=go_on)
+    board = TensorBoard(tmp_path / "tensorboard", append=append)
     board.close()
     for event in (metrics(first), OtherEvent(first, 2.0)):
         board(event)
@@ -187,10 +188,10 @@ def init(**settings):
     runs.append(Run(**settings))
     return runs[-1]
 """
-"""Stands for the package wandb, which the tests do without."""
+"""Replaces the package wandb, which is not installed for tests."""
 
 
-def test_wandb_gets_settings_and_every_step(inputs, tmp_path, monkeypatch):
+def test_wandb_gets_the_settings_and_every_step(inputs, tmp_path, monkeypatch):
     (tmp_path / "wandb.py").write_text(FAKE_WANDB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)

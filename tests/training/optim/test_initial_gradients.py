@@ -1,4 +1,4 @@
-"""LoRA-GA's start: the base's gradients on real batches, and the factors made of them."""
+"""LoRA-GA's initialization: the base's gradients on the first samples, and the factors computed from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from rwkv_peft.adapted_model import load_with_adapter
 from rwkv_peft.base_model import load_base
-from rwkv_peft.ops.wkv6.reference import masked_cross_entropy
+from rwkv_peft.ops.cross_entropy import masked_cross_entropy
 from rwkv_peft.training.optim.initial_gradients import mean_gradients
 from tests.helpers import TINY, lively_model, relative_error
 from tests.peft.definitions import make_layer, make_linear
@@ -47,7 +47,7 @@ def test_mean_gradients_are_autograds(grad_cp):
     for name, gradient in zip(names, expected, strict=True):
         assert found[name].dtype == torch.float32
         assert relative_error(found[name], gradient) < 1e-4, name
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == marked, "left as it was found"
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == marked, "the marks are restored"
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
@@ -102,7 +102,7 @@ def test_a_run_starts_from_its_first_samples(tmp_path):
     options = json.dumps({"r": 4, "samples": 6})
     train(tmp_path / "other", inputs, "--peft", "lora_ga", "--lora_ga_config", options)
     other = load_with_adapter(inputs[1], tmp_path / "other" / "rwkv-0.safetensors").model.blocks[0].ffn.key
-    assert relative_error(other.init_lora_A, a) > 1e-3, "more samples, another gradient"
+    assert relative_error(other.init_lora_A, a) > 1e-3, "more samples give another gradient"
     assert all(torch.equal(tensor, before[name]) for name, tensor in load_base(inputs[1]).items())
 
 

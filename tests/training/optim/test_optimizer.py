@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer, and the progress line."""
+"""Parameter groups and optimizers."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ import torch
 
 from rwkv_peft.adapted_model import add_adapter, load_with_adapter
 from rwkv_peft.base_model import load_base
-from rwkv_peft.config.sections import OptimConfig, PeftConfig, RunConfig
+from rwkv_peft.config.method import FullConfig
+from rwkv_peft.config.sections import OptimConfig, RunConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.peft.injection import mark_trainable
 from rwkv_peft.training.optim.optimizer import build_optimizer, parameter_groups
-from tests.helpers import lively_model, relative_error
+from tests.helpers import lively_model, peft_section, relative_error
 from tests.training.small_runs import train, write_inputs
 
 
 def test_parameter_groups():
     model = lively_model()
-    mark_trainable(model, "none")
+    mark_trainable(model, FullConfig())
     groups = parameter_groups(model, OptimConfig(weight_decay=0.1))
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
     by_id = {id(p): group for group in groups for p in group["params"]}
     att = model.blocks[0].att
     assert by_id[id(att.time_decay)]["lr_scale"] == 2.0
-    assert by_id[id(att.time_decay)]["weight_decay"] == 0.0, "a vector in a (1, 1, C) coat does not decay"
+    assert by_id[id(att.time_decay)]["weight_decay"] == 0.0, "a vector of shape (1, 1, C) does not decay"
     assert by_id[id(att.key.weight)] == by_id[id(model.head.weight)]
     assert by_id[id(att.key.weight)]["weight_decay"] == 0.1
     assert by_id[id(att.ln_x.weight)]["weight_decay"] == 0.0
@@ -38,9 +39,9 @@ TIME_MATRICES = {"time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2",
 
 @pytest.mark.parametrize("layerwise", [0, 1])
 def test_base_parameters_decay_by_rwkv_lms_rule(layerwise):
-    """Matrices; with --layerwise_lr none of time_*, where RWKV-LM puts them into groups without decay."""
+    """Only matrices decay; with --layerwise_lr no `time_*`, which RWKV-LM puts into groups without decay."""
     model = lively_model()
-    mark_trainable(model, "none")
+    mark_trainable(model, FullConfig())
     groups = parameter_groups(model, OptimConfig(weight_decay=0.1, layerwise_lr=layerwise))
     decaying = {id(p) for group in groups for p in group["params"] if group["weight_decay"]}
     names = {name.rpartition(".")[2] for name, p in model.named_parameters() if id(p) in decaying}
@@ -52,9 +53,9 @@ def test_base_parameters_decay_by_rwkv_lms_rule(layerwise):
     [("bone", {"r": 64}, {"bone": 1}), ("lora", {"r": 1, "lr_ratio": 16}, {"lora_A": 1, "lora_B": 16})],
 )
 def test_the_adapter_has_its_own_rate_and_decays(method, options, ratios):
-    """(1, 64, 64) and (r, I) with r = 1 are matrices; LoRA+'s ratio comes on top."""
+    """(1, 64, 64) and (r, I) with r = 1 are matrices. LoRA+'s ratio multiplies --lr_bone."""
     model = lively_model()
-    add_adapter(model, PeftConfig(peft=method, peft_config=options, peft_targets=("att",), train_parts=("time", "ln")))
+    add_adapter(model, peft_section(method, options, peft_targets=("att",), train_parts=("time", "ln")))
     groups = parameter_groups(model, OptimConfig(lr_init=1e-5, lr_bone=3e-4, weight_decay=0.1))
     by_id = {id(p): group for group in groups for p in group["params"]}
     trained = [(name.rpartition(".")[2], by_id[id(p)]) for name, p in model.named_parameters() if p.requires_grad]
@@ -67,15 +68,15 @@ def test_the_adapter_has_its_own_rate_and_decays(method, options, ratios):
     assert {group["lr_scale"] for group in same} == {1.0, 2.0, *map(float, ratios.values())}
 
 
-def test_a_rate_for_an_adapter_needs_one():
-    with pytest.raises(ConfigError, match="--lr_bone: bad value; found --peft none, expected a method with an adapter"):
+def test_lr_bone_needs_an_adapter():
+    with pytest.raises(ConfigError, match="--lr_bone: cannot be used with --peft none, which has no adapter"):
         RunConfig(optim=OptimConfig(lr_bone=1e-4))
-    with pytest.raises(ConfigError, match=r"--lr_bone: bad value; found 0.0001 beside --lr_init 0"):
+    with pytest.raises(ConfigError, match="--lr_bone: needs a --lr_init above 0"):
         OptimConfig(lr_init=0.0, lr_bone=1e-4)
 
 
 def test_the_first_step_moves_adapter_and_parts_by_their_rates(tmp_path):
-    """Adam's first step is the rate, whatever the gradient; here in a run."""
+    """In a run: Adam's first step has the size of the rate, for any gradient."""
     inputs = write_inputs(tmp_path)
     flags = "--epoch_steps 1 --lr_init 1e-5 --lr_final 1e-5 --lr_bone 3e-4 --train_parts ln --accelerator cpu".split()
     train(tmp_path / "run", inputs, "--peft", "bone", "--bone_config", '{"r":16}', *flags)
@@ -86,7 +87,7 @@ def test_the_first_step_moves_adapter_and_parts_by_their_rates(tmp_path):
 
 
 def adamw(parameter, gradients, *, lr, betas, eps, weight_decay):
-    """The definition (arXiv 1711.05101, algorithm 2), in float64."""
+    """Return the parameter after AdamW by its definition (arXiv 1711.05101, algorithm 2), in float64."""
     p, (b1, b2) = parameter.double().clone(), betas
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for t, g in enumerate(gradients, 1):
@@ -97,7 +98,7 @@ def adamw(parameter, gradients, *, lr, betas, eps, weight_decay):
 
 
 class OneMatrix(torch.nn.Module):
-    """Above bitsandbytes' 4096 numbers, below which it keeps fp32."""
+    """A matrix with more than 4096 elements; bitsandbytes keeps fp32 state for smaller ones."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class OneMatrix(torch.nn.Module):
 
 @pytest.mark.parametrize(("name", "bound"), [("adamw", 1e-4), ("adam_8bit", 2e-2)])
 def test_optimizers_follow_the_definition(name, bound):
-    """The movement of 20 steps, weight decay included, of numbers about 1; and a repetition to the last bit."""
+    """The change after 20 steps with weight decay; and a repetition gives the same bits."""
     gradients = [torch.randn(96, 64, generator=torch.Generator().manual_seed(n)) + 0.5 for n in range(20)]
     settings = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
     ends = []
@@ -130,7 +131,7 @@ def test_optimizers_follow_the_definition(name, bound):
         assert {"exp_avg", "exp_avg_sq", "step"} == set(state)
 
 
-def test_8_bit_moments_train_as_well(tmp_path):
+def test_8_bit_moments_train_like_fp32(tmp_path):
     inputs = write_inputs(tmp_path)
     flags = ["--peft", "bone", "--bone_config", '{"r":64}', "--accelerator", "cpu", "--epoch_steps", "12"]
     plain = train(tmp_path / "plain", inputs, *flags)
@@ -154,6 +155,6 @@ def test_8_bit_without_its_package(monkeypatch):
 
 def test_frozen_parameters_have_no_optimizer_state():
     model = lively_model()
-    trained = mark_trainable(model, "none", ["ln"])
+    trained = mark_trainable(model, FullConfig(), ["ln"])
     optimizer = build_optimizer(model, OptimConfig())
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(trained)

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_peft.config import flags as cli
 from rwkv_peft.config.sections import OptimConfig
 from rwkv_peft.training.optim.schedule import DECAY_SHARE, SCHEDULES, learning_rate
+from tests.training.small_runs import config_of
 
 RATES = st.floats(1e-7, 1e-2)
+SMALL = "--n_layer 1 --n_embd 64 --dry_run".split()
 SHAPES = st.sampled_from(sorted(SCHEDULES))
 
 
@@ -28,7 +29,7 @@ def test_exponential_with_warmup():
     assert rates[0] == pytest.approx(1e-5)
     assert rates[5] == pytest.approx(1e-3 * (0.01 + 0.99 * 0.5))
     assert rates[10] == pytest.approx(1e-3)
-    assert rates[60] == pytest.approx(1e-4), "half-way is the geometric mean"
+    assert rates[60] == pytest.approx(1e-4), "halfway is the geometric mean"
     assert rates[110] == pytest.approx(1e-5)
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
@@ -41,8 +42,8 @@ def test_linear_to_zero_and_one_step_runs():
 
 
 @given(SHAPES, RATES, RATES | st.just(0.0), st.integers(-1, 60), st.integers(1, 200))
-def test_both_ends_the_warmup_and_all_between(schedule, begin, end, warmup, total):
-    """Also where the run is one step, or shorter than its warmup."""
+def test_ends_warmup_and_range_of_every_schedule(schedule, begin, end, warmup, total):
+    """Also for runs of one step, and runs shorter than their warmup."""
     optim = OptimConfig(lr_schedule=schedule, lr_init=begin, lr_final=end, warmup_steps=warmup)
     rates = [learning_rate(step, total, optim) for step in range(total)]
     warm = max(0, warmup)
@@ -54,16 +55,16 @@ def test_both_ends_the_warmup_and_all_between(schedule, begin, end, warmup, tota
         assert rates[-1] == pytest.approx(last)
     low, high = sorted((begin, end))
     slack = 1e-9 * high
-    assert all(low - slack <= rate <= high + slack for rate in rates[warm:]), "never outside of its ends"
+    assert all(low - slack <= rate <= high + slack for rate in rates[warm:]), "between the rates at its ends"
     ordered = sorted(rates[warm:], reverse=begin > end)
-    assert rates[warm:] == pytest.approx(ordered, rel=1e-9), "one way only"
+    assert rates[warm:] == pytest.approx(ordered, rel=1e-9), "monotonic"
     after = [learning_rate(step, total, optim) for step in (max(total, warm + 1), 10 * total + warm)]
     assert all(rate == pytest.approx(end if schedule != "constant" else begin) for rate in after if total > warm + 1)
 
 
 @given(SHAPES, RATES, RATES | st.just(0.0), st.integers(0, 500))
 def test_no_step_is_a_jump(schedule, begin, end, warmup):
-    """From one step to the next no more than the steepest slope of any: wsd's, or that of exp over six decades."""
+    """The largest change between steps is that of the steepest schedules: wsd, or exp over six decades."""
     total = 2000 + warmup
     optim = OptimConfig(lr_schedule=schedule, lr_init=begin, lr_final=end, warmup_steps=warmup)
     rates = [learning_rate(step, total, optim) for step in range(warmup, total)]
@@ -81,28 +82,28 @@ def test_no_step_is_a_jump(schedule, begin, end, warmup):
         ("wsd", 1e-3, 5.05e-4),
     ],
 )
-def test_each_takes_its_own_way(schedule, halfway, late):
-    """Between 1e-3 and 1e-5, at 50 % and at 90 % of the way; wsd is half-way down its decay then."""
+def test_each_schedule_halfway_and_late(schedule, halfway, late):
+    """From 1e-3 to 1e-5, at 50 % and 90 % of the steps after warmup; wsd is then halfway through its decay."""
     assert DECAY_SHARE == 0.2
     optim = OptimConfig(lr_schedule=schedule, lr_init=1e-3, lr_final=1e-5, warmup_steps=7)
     assert learning_rate(7 + 50, 7 + 101, optim) == pytest.approx(halfway)
     assert learning_rate(7 + 90, 7 + 101, optim) == pytest.approx(late)
 
 
-def test_no_warmup_in_rwkv_lms_words():
-    """-1 and 0 are the same."""
+def test_warmup_minus_1_is_no_warmup():
+    """RWKV-LM's -1 is the same as 0."""
     for step in (0, 1, 50, 99):
         rates = {learning_rate(step, 100, OptimConfig(lr_final=1e-6, warmup_steps=warmup)) for warmup in (-1, 0)}
         assert len(rates) == 1
 
 
 @pytest.mark.parametrize(("word", "schedule"), [("cos_decay", "cosine"), ("cosine", "cosine"), ("wsd", "wsd")])
-def test_rwkv_pefts_words(word, schedule):
-    assert cli.parse_args(["--lr_schedule", word])["lr_schedule"] == schedule
+def test_rwkv_pefts_names_of_schedules(word, schedule):
+    assert config_of(["--lr_schedule", word, *SMALL]).optim.lr_schedule == schedule
 
 
-def test_a_rate_that_nothing_reads_is_announced(capsys):
-    cli.parse_args("--lr_schedule constant --lr_final 1e-6".split())
+def test_a_flag_without_effect_is_reported(capsys):
+    config_of("--lr_schedule constant --lr_final 1e-6".split() + SMALL)
     assert "--lr_final has no effect with --lr_schedule constant" in capsys.readouterr().err
-    cli.parse_args("--lr_schedule cosine --lr_final 1e-6".split())
+    config_of("--lr_schedule cosine --lr_final 1e-6".split() + SMALL)
     assert not capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""JSON, text and Parquet to binidx: sources, records, templates, encoding, the cache and the command line.
+"""From JSON, text and Parquet to binidx: sources, records to text, encoding, the cache and the command line.
 
-Imports data/binidx and data/tokenizer.py; never torch.
+Imports data/binidx, data/tokenizer.py and the validation split; never torch.
 """

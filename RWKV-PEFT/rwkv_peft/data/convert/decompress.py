@@ -1,6 +1,6 @@
-"""gzip and Zstandard streams, known by their first bytes.
+"""Decompresses gzip and Zstandard streams, recognized by their first bytes.
 
-A damaged stream gives what can be read of it and then ends; `damage_of` says afterwards whether it ended well.
+A damaged stream yields the part that can be read and then ends. Afterwards, `damage_of` returns the damage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _READ = 2**16
 
 
 def decompressed(path: str, stream: io.BufferedReader) -> io.BufferedReader:
-    """`stream` itself where it is not compressed.
+    """Return a decompressing stream, or `stream` itself if it is not compressed.
 
     Raises:
         DataError: zstandard is not installed.
@@ -28,13 +28,13 @@ def decompressed(path: str, stream: io.BufferedReader) -> io.BufferedReader:
         return io.BufferedReader(_Gzip(stream), 2**20)
     if magic == ZSTANDARD:
         if find_spec("zstandard") is None:
-            raise DataError(path, "Zstandard needs the package zstandard", hint="pip install zstandard")
+            raise DataError(path, "reading .zst needs the package zstandard", hint="Run: pip install zstandard")
         return io.BufferedReader(_Zstandard(stream), 2**20)
     return stream
 
 
 def damage_of(stream: io.BufferedReader) -> BadRecord | None:
-    """What ended a stream of `decompressed` before its time."""
+    """Return why a stream from `decompressed` ended early; None if it did not."""
     return getattr(stream.raw, "damage", None)
 
 
@@ -44,8 +44,8 @@ class _Decompressor(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def _ended_by(self, error: Exception) -> None:
-        self.damage = BadRecord("damaged or cut off", found=error, hint="Copy the file again.")
+    def _set_damage(self, error: Exception) -> None:
+        self.damage = BadRecord("damaged or incomplete", found=error, hint="Copy the file again.")
 
 
 class _Gzip(_Decompressor):
@@ -55,26 +55,26 @@ class _Gzip(_Decompressor):
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         if self.damage is None:
             try:
-                # Not readinto, which forgets what it has when it meets the damage.
+                # Not readinto, which drops what it has read before the damage.
                 data = self._file.read1(len(buffer))
                 buffer[: len(data)] = data
                 return len(data)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                self._ended_by(error)
+                self._set_damage(error)
         return 0
 
 
 class _Zstandard(_Decompressor):
-    """The package's own stream readers take a stream that was cut off for one that ends."""
+    """The package's own stream readers do not notice that a stream is incomplete."""
 
     def __init__(self, stream: io.BufferedReader) -> None:
         import zstandard
 
         self._zstandard, self._stream = zstandard, stream
         self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._begun = False
-        self._rest = b""  # compressed, of the next frame
-        self._ready = memoryview(b"")
+        self._in_frame = False
+        self._rest = b""  # compressed bytes of the next frame
+        self._ready = memoryview(b"")  # decompressed bytes that have not been read
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
         while not self._ready:
@@ -86,21 +86,21 @@ class _Zstandard(_Decompressor):
         return count
 
     def _decompress_more(self) -> bool:
-        """False at the end of the last frame, or at damage."""
+        """Return False at the end of the last frame, or at damage."""
         if self.damage is not None:
             return False
         data = self._rest or self._stream.read(_READ)
         if not data:
-            if self._begun:
-                self._ended_by(EOFError("the compressed data ends in the middle"))
+            if self._in_frame:
+                self._set_damage(EOFError("unexpected end of the compressed data"))
             return False
         try:
             self._ready = memoryview(self._frame.decompress(data))
         except self._zstandard.ZstdError as error:
-            self._ended_by(error)
+            self._set_damage(error)
             return False
-        self._rest, self._begun = b"", True
+        self._rest, self._in_frame = b"", True
         if self._frame.eof:
-            self._rest, self._begun = self._frame.unused_data, False
+            self._rest, self._in_frame = self._frame.unused_data, False
             self._frame = self._zstandard.ZstdDecompressor().decompressobj()
         return True

@@ -1,4 +1,4 @@
-"""Chunks of raw records to token ids: what a conversion does in parallel."""
+"""Encodes chunks of raw records to token ids: the parallel part of a conversion."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rwkv_peft.data.convert.records import Layout, Segment, check_characters, decode, parse
+from rwkv_peft.data.convert.record_text import RecordFormat, Segment, check_characters, decode, parse
 from rwkv_peft.data.convert.sources import Chunk
-from rwkv_peft.data.rows.held_out import HoldOut
+from rwkv_peft.data.rows.validation_split import ValidationSplit
 from rwkv_peft.data.tokenizer import Tokenizer, load_tokenizer
 from rwkv_peft.errors import BadRecord, DataError
 
-_FLUSH = 4096
-"""Ids that are gathered before they become an array: fewer calls for short documents, and still in the cache."""
-_WAITING = 3
-"""Chunks for each worker that are read ahead of it."""
+_FLUSH_FROM = 4096
+"""Ids to collect before they become an array: fewer calls for short documents, and they still fit the CPU cache."""
+_CHUNKS_AHEAD = 3
+"""Chunks to read ahead for each worker."""
 
 
 @dataclass
@@ -33,66 +33,74 @@ class Encoded:
     tokens: bytes = b""
     sizes: Sequence[int] = ()
     mask: bytes | None = None
-    """None: everything trains."""
+    """One byte for each token; None if all are trained."""
 
 
 @dataclass
 class Reject:
+    """An invalid record."""
+
     number: int
     """Line or row."""
-    problem: BadRecord
-    raw: bytes
+    error: BadRecord
+    record: bytes
 
 
 @dataclass
 class EncodedChunk:
+    """Documents of a chunk, and its invalid records."""
+
     train: Encoded
     val: Encoded
     rejects: list[Reject] = field(default_factory=list)
 
 
 class ChunkEncoder:
-    """Turns chunks into documents; one in each process.
+    """Encodes chunks; each process has one.
 
     Args:
-        val_fraction: share of the documents that go to the second pair, chosen by a hash of their text.
+        tokenizer: makes the ids.
+        record_format: how to read records.
+        val_fraction: fraction of the documents for the validation pair; a hash of the text chooses them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, layout: Layout, val_fraction: float) -> None:
-        self._tokenizer, self._layout = tokenizer, layout
+    def __init__(self, tokenizer: Tokenizer, record_format: RecordFormat, val_fraction: float) -> None:
+        self._tokenizer, self._format = tokenizer, record_format
         self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<i4")
-        self._hold_out = HoldOut(val_fraction)
+        self._split = ValidationSplit(val_fraction)
 
     def encode(self, chunk: Chunk) -> EncodedChunk:
         train, val = _Documents(self._tokenizer, self._dtype), _Documents(self._tokenizer, self._dtype)
         rejects = []
-        for number, raw in zip(chunk.numbers, chunk.raws, strict=True):
+        for number, record in zip(chunk.numbers, chunk.records, strict=True):
             try:
-                segments = _text_segments(raw, chunk) if chunk.is_text else self._layout.segments(parse(raw))
-            except BadRecord as problem:
-                rejects.append(Reject(number + problem.lines_down, problem, raw))
+                segments = _text_segments(record, chunk) if chunk.is_text else self._format.segments(parse(record))
+            except BadRecord as error:
+                rejects.append(Reject(number + error.line_offset, error, record))
                 continue
-            (val if self._hold_out and self._is_val(segments) else train).add(segments, ended=chunk.last)
+            (val if self._split and self._is_val(segments) else train).add(segments, complete=chunk.last)
         return EncodedChunk(train.encoded(), val.encoded(), rejects)
 
     def _is_val(self, segments: Iterable[Segment]) -> bool:
-        return self._hold_out("".join(text for text, _ in segments).encode("utf-8"))
+        return self._split.is_validation("".join(text for text, _ in segments).encode("utf-8"))
 
 
-def _text_segments(raw: bytes, chunk: Chunk) -> list[Segment]:
-    if not raw and chunk.first:
+def _text_segments(piece: bytes, chunk: Chunk) -> list[Segment]:
+    if not piece and chunk.first:
         raise BadRecord("is empty", hint="Remove the file.")
-    text = decode(raw)
+    text = decode(piece)
     check_characters(text)
     return [(text, True)] if text else []
 
 
 def pack_ids(ids: list[int], dtype: np.dtype) -> bytes:
-    """The ids as they stand in a .bin. By way of unsigned integers of 32 bits: Python fills an array of those twice as
-    fast as any of 16, or numpy one of either.
+    """Return ids as the bytes of a .bin.
+
+    The ids become unsigned 32-bit integers first: Python fills such an array twice as fast as one of 16 bits, or as
+    numpy does.
 
     Raises:
-        OverflowError: an id does not fit, which would come out as another one.
+        OverflowError: an id does not fit the dtype.
     """
     wide = np.frombuffer(array("I", ids), np.uint32)
     if len(wide) and wide.max() > np.iinfo(dtype).max:
@@ -101,6 +109,8 @@ def pack_ids(ids: list[int], dtype: np.dtype) -> bytes:
 
 
 class _Documents:
+    """Collects encoded documents."""
+
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         self._encode, self._eod, self._dtype = tokenizer.encode, tokenizer.eod, dtype
         self._ids: list[int] = []
@@ -109,22 +119,25 @@ class _Documents:
         self._masked = False
         self._sizes: list[int] = []
 
-    def add(self, segments: Sequence[Segment], *, ended: bool) -> None:
-        """Each segment is encoded by itself: no token lies across a border. eod trains where the last one does."""
+    def add(self, segments: Sequence[Segment], *, complete: bool) -> None:
+        """Append a document. Segments are encoded separately, so no token spans two of them.
+
+        A complete document ends with eod, which is trained if the last segment is.
+        """
         size = 0
-        trains = True
-        for text, trains in segments:
+        trained = True
+        for text, trained in segments:
             ids = self._encode(text)
             self._ids += ids
-            self._mask.append((b"\1" if trains else b"\0") * len(ids))
-            self._masked |= not trains
+            self._mask.append((b"\1" if trained else b"\0") * len(ids))
+            self._masked |= not trained
             size += len(ids)
-        if ended:
+        if complete:
             self._ids.append(self._eod)
-            self._mask.append(b"\1" if trains else b"\0")
+            self._mask.append(b"\1" if trained else b"\0")
             size += 1
         self._sizes.append(size)
-        if len(self._ids) > _FLUSH:
+        if len(self._ids) > _FLUSH_FROM:
             self._flush()
 
     def _flush(self) -> None:
@@ -137,60 +150,60 @@ class _Documents:
 
 
 def encode_all(
-    chunks: Iterable[Chunk], tokenizer: Tokenizer, layout: Layout, val_fraction: float, workers: int
+    chunks: Iterable[Chunk], tokenizer: Tokenizer, record_format: RecordFormat, val_fraction: float, workers: int
 ) -> Iterator[tuple[Chunk, EncodedChunk]]:
-    """Each chunk and its documents, in order. Only a few chunks are in memory at any time.
+    """Yield each chunk with its documents, in order. Only a few chunks are in memory at any time.
 
     Raises:
-        DataError: a worker was killed, as by a system that runs out of memory.
+        DataError: a worker was killed, for example because the system ran out of memory.
     """
     if workers == 1:
-        encoder = ChunkEncoder(tokenizer, layout, val_fraction)
+        encoder = ChunkEncoder(tokenizer, record_format, val_fraction)
         for chunk in chunks:
             yield chunk, encoder.encode(chunk)
         return
     pool = ProcessPoolExecutor(
         workers,
-        mp_context=multiprocessing.get_context("spawn"),  # forking a process that has threads can hang
+        mp_context=multiprocessing.get_context("spawn"),  # forking a process with threads can hang
         initializer=_start_worker,
-        initargs=(tokenizer.spec, layout, val_fraction),
+        initargs=(tokenizer.spec, record_format, val_fraction),
     )
     waiting: deque[tuple[Chunk, Future[EncodedChunk]]] = deque()
     done = False
     try:
         for chunk in chunks:
             waiting.append((chunk, pool.submit(_encode_in_worker, chunk)))
-            if len(waiting) > _WAITING * workers:
-                yield _finished(*waiting.popleft())
+            if len(waiting) > _CHUNKS_AHEAD * workers:
+                yield _result(*waiting.popleft())
         while waiting:
-            yield _finished(*waiting.popleft())
+            yield _result(*waiting.popleft())
         done = True
     finally:
         pool.shutdown(wait=done, cancel_futures=True)
 
 
-def _finished(chunk: Chunk, future: Future[EncodedChunk]) -> tuple[Chunk, EncodedChunk]:
+def _result(chunk: Chunk, future: Future[EncodedChunk]) -> tuple[Chunk, EncodedChunk]:
     from concurrent.futures.process import BrokenProcessPool
 
     try:
         return chunk, future.result()
     except BrokenProcessPool as error:
-        hint = "It may have run out of memory: try fewer --workers."
+        hint = "The system may have run out of memory. Use fewer --workers with rwkv-peft convert."
         raise DataError(chunk.path, "a worker process died", hint=hint) from error
 
 
 _worker: list[ChunkEncoder] = []
-"""The encoder of this process, where it is a worker."""
+"""The encoder of this process if it is a worker."""
 
 
-def _start_worker(tokenizer_spec: str, layout: Layout, val_fraction: float) -> None:
+def _start_worker(tokenizer_spec: str, record_format: RecordFormat, val_fraction: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker[:] = [ChunkEncoder(load_tokenizer(tokenizer_spec), layout, val_fraction)]
+    _worker[:] = [ChunkEncoder(load_tokenizer(tokenizer_spec), record_format, val_fraction)]
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot tell its workers; they would wait for work for ever."""
+    """End this worker if the parent is killed; it would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,93 +1,96 @@
-"""Tokens of JSON that runs train on, made once for a content and settings.
+"""The cache of tokens that runs make from JSON and text, by content and settings.
 
-    ROOT/KEY/data.bin ...   a whole pair; the folder appears at once, by a rename
-    ROOT/KEY.part/          one that is being made, or was when its process was killed; the next conversion removes it
-    ROOT/KEY.lock           locked by the process that converts; the kernel drops the lock with its owner
-    ROOT/hashes.json        content hashes of large files
+    ROOT/KEY/data.bin ...     a complete pair; the folder appears at once, by a rename
+    ROOT/.KEY.HOST-PID.tmp/   a pair in the making; if its process is killed, the next conversion deletes it
+    ROOT/KEY.lock             locked by the process that converts
+    ROOT/hashes.json          content hashes of large files
 
-ROOT is `$XDG_CACHE_HOME/rwkv_peft/data`, else `~/.cache/rwkv_peft/data`. It may be deleted whenever no run starts. KEY
-is a hash of the bytes of all files, of how their names end, of the tokenizer, of `Layout`, and of the converter's own
-sources.
+ROOT is `$XDG_CACHE_HOME/rwkv_peft/data`, or `~/.cache/rwkv_peft/data`. It can be deleted at any time when no run is
+starting. KEY is a hash of the content of all files, their name suffixes, the tokenizer, the `RecordFormat`, and the
+converter's own source files.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from rwkv_peft.console import note
 from rwkv_peft.data import tokenizer
 from rwkv_peft.data.binidx.reader import META_VERSION, BinidxReader
-from rwkv_peft.data.convert import decompress, encode, json_stream, records, sources, templates
+from rwkv_peft.data.convert import decompress, encode, jinja_template, json_stream, record_text, sources
 from rwkv_peft.data.convert.conversion import Summary, convert
-from rwkv_peft.data.convert.file_hashes import FileHashes, identity
-from rwkv_peft.data.convert.records import Layout
-from rwkv_peft.data.convert.sources import STDIN, find_sources, reading_hint
+from rwkv_peft.data.convert.file_hashes import FileHashes, file_stamp
+from rwkv_peft.data.convert.record_text import RecordFormat
+from rwkv_peft.data.convert.sources import STDIN, find_sources, format_suffix
 from rwkv_peft.data.tokenizer import Tokenizer, same_tokenizer
 from rwkv_peft.errors import DataError
+from rwkv_peft.files import LockHeld, file_lock, remove_leftovers, temporary_path
 
-_SHAPING = (sources, decompress, json_stream, records, templates, encode, tokenizer)
-"""Modules of which a change may change tokens: another release of them makes new pairs."""
+_CONVERTER = (sources, decompress, json_stream, record_text, jinja_template, encode, tokenizer)
+"""Modules that decide which tokens a text becomes. If one of them changes, pairs are made again."""
 
-_WAY_OUT = "Set XDG_CACHE_HOME to a folder with room, or convert with tools/json2binidx.py and train on its pair."
+_HINT = "Set XDG_CACHE_HOME to a folder with free space, or convert with rwkv-peft convert and train on its pair."
 
 
 def cache_root() -> Path:
-    """Where the pairs are kept.
+    """Return the folder of the cache.
 
     Raises:
-        DataError: the user has no home, as in some containers.
+        DataError: the user has no home folder, as in some containers.
     """
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:
-        raise DataError("~/.cache", "no home folder to keep tokens in", hint=_WAY_OUT) from error
+        raise DataError("~/.cache", "there is no home folder for the token cache", hint=_HINT) from error
     return caches / "rwkv_peft" / "data"
 
 
 class TokenCache:
-    """Pairs by content and settings, each made where it is missing or damaged."""
+    """Pairs by content and settings. A missing or damaged pair is made again."""
 
-    def __init__(self, root: Path, tokenizer: Tokenizer, layout: Layout) -> None:
-        self._root, self._tokenizer, self._layout = root, tokenizer, layout
+    def __init__(self, root: Path, tokenizer: Tokenizer, record_format: RecordFormat) -> None:
+        self._root, self._tokenizer, self._format = root, tokenizer, record_format
         self._hashes = FileHashes(root / "hashes.json")
 
     def pair(self, source: str) -> str:
-        """Prefix of the pair of a file, folder or glob. Of several processes one converts, and the others wait for it.
+        """Return the prefix of the pair for a file, folder or glob pattern.
+
+        If several processes ask at the same time, one converts and the others wait.
 
         Raises:
-            DataError: a file cannot be read, changes meanwhile or holds a bad record; the cache cannot be written.
+            DataError: a file cannot be read, changes while it is read, or has an invalid record; or the cache cannot
+                be written.
         """
         paths = _regular_files(source)
         try:
-            before = [identity(path) for path in paths]
+            stamps = [file_stamp(path) for path in paths]
             folder = self._root / self._key(paths)
         except OSError as error:
             raise DataError(str(error.filename or source), "cannot be read", found=error.strerror) from error
-        if not self._is_whole(folder):
+        if not self._is_complete(folder):
             with self._writing(), _locked(folder, source):
-                if not self._is_whole(folder):  # another process made it while this one waited
-                    self._make(folder, source, paths, before)
+                if not self._is_complete(folder):  # another process may have made it in the meantime
+                    self._make(folder, source, paths, stamps)
         return str(folder / "data")
 
     def _key(self, paths: Sequence[str]) -> str:
-        layout = self._layout
+        form = self._format
         facts = {
             "format": META_VERSION,
-            "converter": [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in _SHAPING],
+            "converter": [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in _CONVERTER],
             "tokenizer": self._tokenizer.identity["sha256"],
-            "layout": [layout.text_key, layout.fields, layout.template],
-            "files": [[reading_hint(path), self._hashes.of(path)] for path in paths],
+            "layout": [form.text_key, form.fields, form.template],
+            "files": [[format_suffix(path), self._hashes.of(path)] for path in paths],
         }
         return hashlib.sha256(json.dumps(facts).encode("utf-8")).hexdigest()[:32]
 
-    def _is_whole(self, folder: Path) -> bool:
+    def _is_complete(self, folder: Path) -> bool:
         if not folder.exists():
             return False
         try:
@@ -96,80 +99,68 @@ class TokenCache:
             return False
         return meta is not None and same_tokenizer(meta.tokenizer, self._tokenizer.identity)
 
-    def _make(self, folder: Path, source: str, paths: Sequence[str], before: Sequence[list[int]]) -> None:
-        part = _part(folder)
-        _remove_leftovers(self._root)
-        shutil.rmtree(part, ignore_errors=True)
+    def _make(self, folder: Path, source: str, paths: Sequence[str], stamps: Sequence[list[int]]) -> None:
+        temporary = temporary_path(folder)
+        _remove_all_leftovers(self._root)
+        remove_leftovers(self._root, folder.name, locked=True)
         try:
-            summary = convert(paths, str(part / "data"), self._tokenizer, self._layout)
-            for path, known in zip(paths, before, strict=True):
-                if identity(path) != known:
-                    raise DataError(path, "changed while it was read", hint="Start again when it stays as it is.")
+            summary = convert(paths, str(temporary / "data"), self._tokenizer, self._format)
+            for path, stamp in zip(paths, stamps, strict=True):
+                if file_stamp(path) != stamp:
+                    raise DataError(path, "changed while it was read", hint="Start again when the file is complete.")
             if folder.exists():
                 shutil.rmtree(folder)
-            part.rename(folder)
+            temporary.rename(folder)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
-        sys.stderr.write(f"note: {source}: {_in_short(summary)}, kept in {folder}\n")
+            shutil.rmtree(temporary, ignore_errors=True)
+        note(f"{source}: {_short(summary)}, cached in {folder}")
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """The inputs were read a moment ago, so what fails now is the cache."""
+        """Report OSErrors as errors of the cache: the inputs have just been read without one."""
         try:
             self._root.mkdir(parents=True, exist_ok=True)
             yield
         except (OSError, DataError) as error:
-            problem = error if isinstance(error, OSError) else error.__cause__
-            if not isinstance(problem, OSError):
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
                 raise
-            what = "the tokens of --data_file cannot be kept here"
-            raise DataError(str(self._root), what, found=problem.strerror, hint=_WAY_OUT) from error
+            what = "the tokens of --data_file cannot be cached here"
+            raise DataError(str(self._root), what, found=cause.strerror, hint=_HINT) from error
 
 
 def _regular_files(source: str) -> list[str]:
     paths = find_sources([source])
     for path in paths:
         if path == STDIN or not Path(path).is_file():
-            hint = "Convert it with tools/json2binidx.py, and train on its pair."
-            raise DataError(path, "can be read only once", expected="a file", hint=hint)
+            hint = "Convert it with rwkv-peft convert (tools/json2binidx.py) and train on its pair."
+            raise DataError(path, "cannot be read twice", expected="a regular file", hint=hint)
     return paths
 
 
-def _in_short(summary: Summary) -> str:
+def _short(summary: Summary) -> str:
     tokens = int(summary.lengths.sum(dtype="int64"))
     text = f"{len(summary.lengths):,} documents, {tokens:,} tokens"
     if summary.answer_tokens is not None:
-        text += f" ({summary.answer_tokens / tokens:.1%} in answers, which train)"
-    return f"{text}, tokenised in {summary.seconds:.1f} s"
-
-
-def _part(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".part")
+        text += f" ({summary.answer_tokens / tokens:.1%} in answers, which are in the loss)"
+    return f"{text}, tokenized in {summary.seconds:.1f} s"
 
 
 @contextmanager
 def _locked(folder: Path, source: str) -> Iterator[None]:
-    """Let one process at a time make `folder`."""
-    with open(_lock_of(folder), "a") as handle:
+    """Let only one process at a time make `folder`."""
+    lock = folder.with_name(folder.name + ".lock")
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not {"RANK", "LOCAL_RANK"} & set(os.environ):  # the other processes of a run need not all say so
-                sys.stderr.write(f"note: waiting for another process, which tokenises {source}\n")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            stack.enter_context(file_lock(lock, wait=False))
+        except LockHeld:
+            note(f"waiting for another process that tokenizes {source}")
+            stack.enter_context(file_lock(lock, wait=True))
         yield
 
 
-def _lock_of(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".lock")
-
-
-def _remove_leftovers(root: Path) -> None:
-    """What conversions of other data left that were killed: their locks are free."""
-    for part in root.glob("*.part"):
-        with open(_lock_of(part.with_suffix("")), "a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            shutil.rmtree(part, ignore_errors=True)
+def _remove_all_leftovers(root: Path) -> None:
+    """Delete what killed conversions of any data left in the cache. Their locks are free."""
+    for lock in root.glob("*.lock"):
+        with suppress(LockHeld), file_lock(lock, wait=False):
+            remove_leftovers(root, lock.stem, locked=True)

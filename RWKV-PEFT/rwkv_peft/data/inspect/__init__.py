@@ -1,4 +1,4 @@
-"""What a person sees of a data set: counts, documents with the tokens in the loss, and a run's first batches.
+"""Shows a data set to people: counts, documents with their tokens in the loss highlighted, and a run's first batches.
 
 Imports the rest of data.
 """

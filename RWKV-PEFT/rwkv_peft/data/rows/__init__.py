@@ -1,4 +1,4 @@
-"""From documents to training rows: row pickers, packing, order, mixtures, loss masks and the validation split.
+"""From documents to training rows: kinds of rows, packing, shuffle order, mixtures, loss masks, the validation split.
 
-Imports data/binidx.
+Imports data/binidx and data/tokenizer.py.
 """

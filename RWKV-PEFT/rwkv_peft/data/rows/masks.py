@@ -1,4 +1,4 @@
-"""Which tokens of the stream train. One class per kind of `--loss_mask`; padding is no token and never trains."""
+"""Decides which tokens are in the loss: one class for each kind of `--loss_mask`. Padding is never in the loss."""
 
 from __future__ import annotations
 
@@ -10,90 +10,92 @@ import numpy as np
 
 from rwkv_peft.config.sections import DataConfig
 from rwkv_peft.data.binidx.reader import BinidxReader
-from rwkv_peft.data.rows.markers import Sequences, between, find, spellings
+from rwkv_peft.data.rows.markers import Sequences, find_sequences, ranges_between, spellings
 from rwkv_peft.data.tokenizer import Tokenizer, load_tokenizer, same_tokenizer
 from rwkv_peft.errors import ConfigError, DataError
 
 QA_OPENING, QA_CLOSING = "Assistant:", "User:"
-"""`--loss_mask qa` trains what lies between."""
+"""`--loss_mask qa` trains the text from the first to the second."""
 
 _CHUNK = 2**22
 
 
 class TokenMask(Protocol):
-    """Which tokens train, as targets."""
+    """Decides which tokens of a pair are trained."""
 
     name: str
-    """The --loss_mask it is."""
-    silent: int
-    """Documents that train nothing: their markers are missing, or their mask is all zero."""
+    """The value of --loss_mask; never "auto"."""
+    untrained_documents: int
+    """Documents without a token in the loss: they have no markers, or their mask is all zero."""
 
-    def trains(self, start: int, stop: int) -> np.ndarray:
-        """(stop - start,) bool: True where predicting that token of the stream trains."""
+    def trained(self, start: int, stop: int) -> np.ndarray:
+        """Return whether predicting each of the tokens start..stop is trained, (stop - start,) bool."""
 
 
 def make_mask(reader: BinidxReader, config: DataConfig) -> TokenMask:
-    """The mask of `config.loss_mask`; auto takes the companion where the pair has one.
+    """Return the mask of `config.loss_mask`. `auto` is `file` if the pair has a mask file, else `pad`.
 
     Raises:
-        DataError: no companion (`file`), no known tokenizer (`qa`, and `se` with text), or nothing that trains.
-        ConfigError: a marker of --mask_id is no text and no ids.
+        DataError: there is no mask file (`file`), the tokenizer is unknown (`qa`, and `se` with text), or no document
+            has a token in the loss.
+        ConfigError: a marker of --mask_id is neither text nor token ids.
     """
     name = config.loss_mask
     if name == "auto":
         name = "pad" if reader.mask is None else "file"
     if name in ("none", "pad"):
-        return EveryToken(name)
+        return AllTokens(name)
     if name == "file":
         if reader.mask is None:
-            hint = "tools/json2binidx.py writes it for chat records; or choose another --loss_mask."
-            raise DataError(f"{reader.prefix}.mask.bin", "no such file, which --loss_mask file needs", hint=hint)
-        mask: TokenMask = Companion(reader)
+            hint = "rwkv-peft convert writes it for records with answers. Or choose a different --loss_mask."
+            raise DataError(f"{reader.prefix}.mask.bin", "no such file, but --loss_mask file needs it", hint=hint)
+        mask: TokenMask = MaskFromFile(reader)
     else:
-        mask = Answers(name, reader, *_markers(reader, name, config.mask_id))
-    if mask.silent == len(reader):
-        hint = "Choose another --loss_mask, or look at the data with tools/inspect.py."
-        raise DataError(reader.prefix, f"--loss_mask {name} leaves nothing to train in any document", hint=hint)
+        mask = MaskFromMarkers(name, reader, *_markers(reader, name, config.mask_id))
+    if mask.untrained_documents == len(reader):
+        hint = "Choose a different --loss_mask, or look at the data with rwkv-peft inspect."
+        raise DataError(reader.prefix, f"no document has a token in the loss with --loss_mask {name}", hint=hint)
     return mask
 
 
-class EveryToken:
-    """`none` and `pad`: nothing but padding is kept out."""
+class AllTokens:
+    """`none` and `pad`: all tokens are in the loss."""
 
-    silent = 0
+    untrained_documents = 0
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def trains(self, start: int, stop: int) -> np.ndarray:
+    def trained(self, start: int, stop: int) -> np.ndarray:
         return np.ones(stop - start, dtype=bool)
 
 
-class Companion:
-    """`file`: what PREFIX.mask.bin says."""
+class MaskFromFile:
+    """`file`: the tokens that PREFIX.mask.bin marks."""
 
     name = "file"
 
     def __init__(self, reader: BinidxReader) -> None:
-        self.trains = reader.trained
+        self.trained = reader.trained
         tokens = len(reader.tokens)
         parts = ((i, reader.trained(i, min(i + _CHUNK, tokens))) for i in range(0, tokens, _CHUNK))
-        self.silent = _without_any(reader.bounds, (np.flatnonzero(part) + i for i, part in parts))
+        self.untrained_documents = _documents_without(reader.bounds, (np.flatnonzero(part) + i for i, part in parts))
 
 
-class Answers:
-    """`qa` and `se`: from after an opening marker to before the next closing one, or the document's end with its eod.
+class MaskFromMarkers:
+    """`qa` and `se`: the tokens from an opening marker to the next closing marker, or to the document's eod.
 
-    The stream is searched once, on opening (0.7 s for 100 M tokens); a sample then only looks ranges up.
+    The tokens are searched once, on opening (0.7 s for 100 M tokens); a row then only looks up the ranges.
     """
 
     def __init__(self, name: str, reader: BinidxReader, opening: Sequences, closing: Sequences) -> None:
         self.name = name
-        ranges = between(find(reader.tokens, opening), find(reader.tokens, closing), reader.bounds)
+        openings, closings = (find_sequences(reader.tokens, sequences) for sequences in (opening, closing))
+        ranges = ranges_between(openings, closings, reader.bounds)
         self._starts, self._stops = ranges[:, 0].copy(), ranges[:, 1].copy()
-        self.silent = _without_any(reader.bounds, [self._starts])
+        self.untrained_documents = _documents_without(reader.bounds, [self._starts])
 
-    def trains(self, start: int, stop: int) -> np.ndarray:
+    def trained(self, start: int, stop: int) -> np.ndarray:
         mask = np.zeros(stop - start, dtype=bool)
         first = int(np.searchsorted(self._stops, start, side="right"))
         last = int(np.searchsorted(self._starts, stop, side="left"))
@@ -102,16 +104,16 @@ class Answers:
         return mask
 
 
-def _without_any(bounds: np.ndarray, places: Iterable[np.ndarray]) -> int:
-    """Documents that hold none of the places; each array ascending."""
+def _documents_without(bounds: np.ndarray, positions: Iterable[np.ndarray]) -> int:
+    """Return the number of documents that contain none of the positions."""
     seen = np.zeros(len(bounds) - 1, dtype=bool)
-    for part in places:
+    for part in positions:
         seen[np.searchsorted(bounds, part, side="right") - 1] = True
     return int(len(seen) - seen.sum())
 
 
 def _markers(reader: BinidxReader, name: str, mask_id: Mapping[str, Any]) -> tuple[Sequences, Sequences]:
-    """Token sequences of the markers that open and close what trains."""
+    """Return the token sequences of the opening and of the closing marker."""
     if name == "qa":
         tokenizer = _tokenizer(reader, name)
         return spellings(tokenizer, QA_OPENING), spellings(tokenizer, QA_CLOSING)
@@ -120,7 +122,7 @@ def _markers(reader: BinidxReader, name: str, mask_id: Mapping[str, Any]) -> tup
 
 
 def _marker(reader: BinidxReader, key: str, value: Any) -> Sequences:
-    """A text is looked for in all its spellings; a token id, or a list of them, as it is."""
+    """Return the token sequences of a marker: all spellings of a text, or the token ids as given."""
     ids = value if isinstance(value, list) else [value]
     if ids and all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         return [tuple(ids)]
@@ -130,17 +132,21 @@ def _marker(reader: BinidxReader, key: str, value: Any) -> Sequences:
 
 
 def _tokenizer(reader: BinidxReader, name: str) -> Tokenizer:
-    """The tokenizer that made the pair."""
+    """Return the tokenizer that made the pair.
+
+    Raises:
+        DataError: the pair does not name it, or it cannot be found, or it has changed.
+    """
     where, meta = f"{reader.prefix}.meta.json", reader.meta
-    hint = "Make the pair with tools/json2binidx.py, or use --loss_mask se with token ids in --mask_id."
+    hint = "Convert again with rwkv-peft convert, or use --loss_mask se with token ids in --mask_id."
     if meta is None:
-        what = f"no such file: --loss_mask {name} must know the tokenizer to find its markers"
+        what = f"no such file, but --loss_mask {name} needs the tokenizer to find the markers"
         raise DataError(where, what, hint=hint)
     if meta.tokenizer_spec not in ("world", "bytes") and not Path(meta.tokenizer_spec).is_file():
-        what = f"--loss_mask {name} needs its tokenizer, and {meta.tokenizer_spec} is not there"
+        what = f"--loss_mask {name} needs the tokenizer, but there is no file {meta.tokenizer_spec}"
         raise DataError(where, what, hint=hint)
     tokenizer = load_tokenizer(meta.tokenizer_spec)
     if not same_tokenizer(tokenizer.identity, meta.tokenizer):
-        what = f"--loss_mask {name} needs its tokenizer, and {meta.tokenizer_spec} is another now"
+        what = f"--loss_mask {name} needs the tokenizer, but {meta.tokenizer_spec} has changed since the conversion"
         raise DataError(where, what, hint=hint)
     return tokenizer

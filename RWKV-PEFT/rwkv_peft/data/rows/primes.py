@@ -1,13 +1,13 @@
-"""The prime of RWKV-LM's walk over a token stream, computed where RWKV-LM has it typed as `--magic_prime`."""
+"""Computes the prime of RWKV-LM's walk over the tokens, which RWKV-LM's users give as `--magic_prime`."""
 
 from __future__ import annotations
 
 _WITNESSES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
-"""Enough for Miller and Rabin's test to be exact below 2**64 (Sorenson and Webster 2015)."""
+"""With these, the Miller-Rabin test is exact below 2**64 (Sorenson and Webster 2015)."""
 
 
 def walk_prime(tokens: int, ctx_len: int) -> int | None:
-    """RWKV-LM's magic_prime: the largest prime 3n + 2 below tokens / ctx_len - 1; None where there is none."""
+    """Return RWKV-LM's magic_prime: the largest prime 3n + 2 below tokens / ctx_len - 1; None if there is none."""
     largest = -(-(tokens - ctx_len) // ctx_len) - 1  # the largest integer below tokens / ctx_len - 1
     for candidate in range(largest, 1, -1):
         if candidate % 3 == 2 and is_prime(candidate):
@@ -16,7 +16,7 @@ def walk_prime(tokens: int, ctx_len: int) -> int | None:
 
 
 def is_prime(n: int) -> bool:
-    """Exact for n below 2**64."""
+    """Return whether n is prime. Exact below 2**64."""
     if n < 2:
         return False
     for p in _WITNESSES:

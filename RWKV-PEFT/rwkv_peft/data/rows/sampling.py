@@ -1,9 +1,9 @@
-"""Sample `index` of epoch `epoch`: a pure function of (seed, epoch, index).
+"""Makes training rows as a pure function of (seed, epoch, index).
 
-Any process, worker or resumed run therefore gets the same samples. `pickers.py` says which tokens a row holds,
-`masks.py` which of them train; here they become arrays.
+So every process and every resumed run gets the same rows. row_types.py decides which tokens a row has, masks.py decides
+which of them are in the loss, and this file makes arrays of them.
 
-T = ctx_len. A row is T + 1 tokens: T inputs and, one to the right, T targets.
+T = ctx_len. A row has T + 1 tokens: T inputs and T targets, which are the inputs shifted by one.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import numpy as np
 from rwkv_peft.config.sections import DataConfig
 from rwkv_peft.data.binidx.reader import BinidxReader
 from rwkv_peft.data.rows.masks import TokenMask, make_mask
-from rwkv_peft.data.rows.pickers import RowPicker, Span, make_picker
+from rwkv_peft.data.rows.row_types import RowPicker, Span, make_picker
 from rwkv_peft.errors import DataError
 
 CHECK_ALL_UP_TO = 2**27
-"""Streams of at most this many tokens are checked against the vocabulary on opening; 256 MB take 0.03 s."""
+"""Pairs of at most this many tokens are checked against the vocabulary when they are opened; 256 MB take 0.03 s."""
 
 _CHECK_CHUNK = 2**22
 
 
 class Samples:
-    """Every training sample of a binidx pair.
+    """The training rows of a binidx pair.
 
     Args:
         reader: the pair.
-        config: which rows, how long, and what trains in them. `data_file` is not read.
-        vocab_size: any id must be below.
-        source: number of the pair among several; each goes in an order of its own.
-        picker: which rows, in place of --dataload's.
+        config: how rows are made and which tokens are in the loss. Its `data_file` is not used.
+        vocab_size: all token ids must be smaller.
+        stream: number of the pair in the run, so that each pair has its own random order.
+        picker: replaces the row picker of --dataload.
     Raises:
-        DataError: no document (for `get` and `walk`: no stream) has two tokens, or a token id lies beyond the
-            vocabulary. Ids are all checked here when there are at most `CHECK_ALL_UP_TO`, and those of a sample each
-            time it is made. Or --loss_mask does not fit the pair.
-        ConfigError: --magic_prime or --my_exit_tokens is another than the data's.
+        DataError: no document (with `get` and `walk`: not the whole pair) has two tokens, a token id is outside the
+            vocabulary, or --loss_mask does not fit the pair. Ids of pairs longer than `CHECK_ALL_UP_TO` tokens are
+            only checked when their rows are made.
+        ConfigError: --magic_prime or --my_exit_tokens does not fit the data.
     """
 
     def __init__(
@@ -47,97 +47,107 @@ class Samples:
         reader: BinidxReader,
         config: DataConfig,
         vocab_size: int,
-        source: int = 0,
+        stream: int = 0,
         picker: RowPicker | None = None,
     ) -> None:
         self.reader = reader
-        self.picker: RowPicker = picker or make_picker(reader, config, source)
+        self.picker: RowPicker = picker or make_picker(reader, config, stream)
         self._dataload, self._ctx_len = config.dataload, config.ctx_len
         self._vocab_size = vocab_size
         if self.picker.targets == 0:
-            raise DataError(f"{reader.prefix}.bin", "nothing to predict", expected="a document of 2 tokens or more")
+            raise DataError(
+                f"{reader.prefix}.bin", "there is nothing to predict", expected="a document of at least 2 tokens"
+            )
         if len(reader.tokens) <= CHECK_ALL_UP_TO:
             check_ids(reader, 0, len(reader.tokens), vocab_size)
         self.mask: TokenMask = make_mask(reader, config)
 
     @property
     def parts(self) -> tuple[Part, ...]:
+        """This pair, as the only one."""
         return (Part(self, 1.0),)
 
     @property
     def samples_per_pass(self) -> int:
+        """Rows of one pass over the data."""
         return self.picker.samples_per_pass
 
     def sample(self, seed: int, epoch: int, index: int) -> dict[str, np.ndarray]:
-        """Sample `index` of `epoch`: the same for any number of processes, workers and resumes.
+        """Return row `index` of `epoch`.
 
         Returns:
-            input_ids (T,) int64, targets (T,) int64, loss_mask (T,) bool: True where the target trains. With `pack`
-            also starts (T,) bool: True where the input is the first token of a document, or of the padding. With `only`
-            T is as long as the document asks, at most ctx_len. A document of one token gives a row that trains nothing.
+            input_ids: (T,) int64.
+            targets: (T,) int64.
+            loss_mask: (T,) bool, True if the target is trained.
+            starts: (T,) bool, True at the first token of a document and of the padding; only with `pack`.
+
+            With `only`, T is the length of the document, at most ctx_len. A document of one token gives a row without
+            a trained target.
         """
         spans = self.picker.spans(seed, epoch, index)
         for start, stop in spans:
             check_ids(self.reader, start, stop, self._vocab_size)
         tokens = sum(stop - start for start, stop in spans)
         width = max(tokens, 2) if self._dataload == "only" else self._ctx_len + 1
-        row, trains, starts = self._lay_out(spans, width)
-        sample = {"input_ids": row[:-1], "targets": row[1:], "loss_mask": trains[1:]}
+        row, trained, starts = self._fill_row(spans, width)
+        sample = {"input_ids": row[:-1], "targets": row[1:], "loss_mask": trained[1:]}
         if self._dataload == "pack":
-            starts[tokens:][:1] = True  # the padding: nothing reads the state of the last document
+            starts[tokens:][:1] = True  # the padding does not continue the last document
             sample["starts"] = starts[:-1]
         return sample
 
-    def _lay_out(self, spans: Sequence[Span], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens (width,), where one trains as a target, where a span begins; all 0 behind the last span."""
+    def _fill_row(self, spans: Sequence[Span], width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens, whether they are trained as targets, and whether they begin a span; each (width,).
+
+        All are 0 after the last span.
+        """
         row = np.zeros(width, dtype=np.int64)
-        trains = np.zeros(width, dtype=bool)
+        trained = np.zeros(width, dtype=bool)
         starts = np.zeros(width, dtype=bool)
-        place = 0
+        begin = 0
         for start, stop in spans:
-            end = place + stop - start
-            row[place:end] = self.reader.tokens[start:stop]
-            trains[place + 1 : end] = self.mask.trains(start + 1, stop) if stop > start else False
-            starts[place] = True
-            place = end
-        return row, trains, starts
+            end = begin + stop - start
+            row[begin:end] = self.reader.tokens[start:stop]
+            trained[begin + 1 : end] = self.mask.trained(start + 1, stop) if stop > start else False
+            starts[begin] = True
+            begin = end
+        return row, trained, starts
 
 
 def check_ids(reader: BinidxReader, start: int, stop: int, vocab_size: int) -> None:
-    """Raise DataError for the first of the tokens start..stop that is not an id of the vocabulary."""
+    """Raise DataError for the first of the tokens start..stop that is outside the vocabulary."""
     limits = np.iinfo(reader.dtype)
     if limits.min >= 0 and limits.max < vocab_size:
         return
     for first in range(start, stop, _CHECK_CHUNK):
         ids = reader.tokens[first : min(first + _CHECK_CHUNK, stop)]
         if ids.min() < 0 or ids.max() >= vocab_size:
-            place = first + int(np.argmax((ids < 0) | (ids >= vocab_size)))
-            raise _beyond_vocabulary(reader, place, vocab_size)
+            raise _outside_vocabulary(reader, first + int(np.argmax((ids < 0) | (ids >= vocab_size))), vocab_size)
 
 
-def _beyond_vocabulary(reader: BinidxReader, place: int, vocab_size: int) -> DataError:
-    document = int(np.searchsorted(reader.bounds, place, side="right")) - 1
-    position = place - int(reader.bounds[document])
+def _outside_vocabulary(reader: BinidxReader, token: int, vocab_size: int) -> DataError:
+    document = int(np.searchsorted(reader.bounds, token, side="right")) - 1
+    position = token - int(reader.bounds[document])
     return DataError(
         f"{reader.prefix}.bin",
-        "a token id beyond the vocabulary",
-        found=f"{reader.tokens[place]} at token {position} of document {document}",
+        "a token id is outside the vocabulary",
+        found=f"{reader.tokens[token]} at token {position} of document {document}",
         expected=f"0 to {vocab_size - 1} (vocab_size {vocab_size})",
-        hint="Convert the text with the model's own tokenizer (tools/json2binidx.py --tokenizer).",
+        hint="Convert the text with the model's own tokenizer (rwkv-peft convert --tokenizer).",
     )
 
 
 @dataclass(frozen=True)
 class Part:
-    """One pair of a run."""
+    """A training pair of a run."""
 
     samples: Samples
     share: float
-    """Of the run's rows, from 0 to 1."""
+    """Its fraction of the run's rows, from 0 to 1."""
 
 
-class Source(Protocol):
-    """`Samples`, or several mixed."""
+class RowSource(Protocol):
+    """Training rows: `Samples`, or `MixedSamples` of several pairs."""
 
     samples_per_pass: int
     parts: tuple[Part, ...]
@@ -147,32 +157,35 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class DataPlan:
-    """What a run will read, for the banner."""
+    """What a run reads, for the summary at the start."""
 
     documents: int
     tokens: int
     samples_per_pass: int
     """Rows of one pass over the data."""
     steps_per_epoch: int
-    """Batches of one epoch; a batch is world_size * micro_bsz rows."""
+    """Micro-batches of one epoch on each device; all devices together read world_size * micro_bsz rows at a time."""
     passes: float
-    """How often all epochs together go over the data."""
+    """Passes over the data in all epochs together."""
     truncated: int
     """Documents whose end is cut off (`--long truncate`)."""
     padding: float
-    """Share of the target places that are padding, from 0 to 1."""
+    """Fraction of the targets that is padding, from 0 to 1."""
     targets: int
-    """Tokens that a pass predicts, before any --loss_mask; of several pairs, each gone through once."""
+    """Targets of one pass over each pair, before any --loss_mask."""
     masks: tuple[str, ...]
     """The --loss_mask of each pair."""
-    silent: int
-    """Documents that train nothing, because their markers are missing or their mask is all zero."""
+    untrained_documents: int
+    """Documents without a token in the loss: they have no markers, or their mask is all zero."""
     wraps: bool
-    """Whether an epoch asks for more rows than there are, beyond filling up its last batch."""
+    """Whether an epoch needs more rows than a pass has, apart from filling its last batch."""
 
 
-def make_plan(source: Source, config: DataConfig, world_size: int) -> DataPlan:
-    """Steps and passes of a run on `world_size` devices; epoch_steps 0 means one pass, its last batch filled up."""
+def make_plan(source: RowSource, config: DataConfig, world_size: int) -> DataPlan:
+    """Return steps and passes of a run on `world_size` devices.
+
+    With epoch_steps 0, an epoch is one pass; rows of the next pass fill its last batch.
+    """
     parts = source.parts
     batch = config.micro_bsz * world_size
     one_pass = -(-source.samples_per_pass // batch)
@@ -187,6 +200,6 @@ def make_plan(source: Source, config: DataConfig, world_size: int) -> DataPlan:
         padding=sum(part.share * part.samples.picker.padding for part in parts),
         targets=sum(part.samples.picker.targets for part in parts),
         masks=tuple(part.samples.mask.name for part in parts),
-        silent=sum(part.samples.mask.silent for part in parts),
+        untrained_documents=sum(part.samples.mask.untrained_documents for part in parts),
         wraps=steps > one_pass,
     )

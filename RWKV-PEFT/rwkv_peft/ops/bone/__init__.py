@@ -1,4 +1,5 @@
-"""Bone's products: the three fused layouts, the paper's variants, and block products that may be compiled.
+"""Bone: its layouts row, col and left, the paper's other variants, and the block products that all of them use.
 
-Imports the other operators' shared parts only; sources are in cuda/bone.
+The sources of the compiled block products are in cuda/bone. This package imports only `build` and `products` from the
+other operators.
 """

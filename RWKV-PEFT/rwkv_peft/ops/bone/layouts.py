@@ -1,16 +1,20 @@
-"""Bone (Block Affine, arXiv 2409.15371): the update dW = W bone + bone, block by block.
+"""Bone (Block Affine, arXiv 2409.15371v1): the update dW = W bone + bone, applied block by block.
 
-W is (O, I), cut into r x r blocks W_ab (a: output block, b: input block). Three layouts share matrices:
+W is (O, I), cut into r x r blocks W_ab (a: output block, b: input block). The three layouts differ in which blocks
+share a matrix:
 
     row   bone (I/r, r, r)   dW_ab = W_ab B_b + B_b        one matrix per input block  (eq. 8-10 by rows)
     col   bone (O/r, r, r)   dW_ab = W_ab B_a + B_a        one matrix per output block (eq. 5-7, Tables 2-4)
     left  bone (O/r, r, r)   dW_ab = B_a^T W_ab + B_a^T    eq. 8-10 read literally in Y = X (W + dW)
 
-`block_affine_delta` is the definition (of those in ops/bone/variants.py too). The functions below it never hold
-a weight-sized tensor for backward.
-A number on the bf16 grid plus less than half a step is itself, and updates of early training are that small. Where
-products are in fp32 (ops/products.py) y is rounded once, and nothing before it. Where they are in bf16, what the update
-joins (x for row, y for left, W for col) can be rounded stochastically, so that all of it arrives in the mean.
+`block_affine_delta` is the definition of these layouts and of the variants in ops/bone/variants.py. The functions
+below it never keep a weight-sized tensor for backward.
+
+A bf16 value does not change if less than half a step of its grid is added, and the updates of early training are that
+small. If products are in fp32 (ops/products.py), only y is rounded, once. If products are in bf16, the sum of the
+update and the tensor it is added to (x for row, y for left, W for col) can be rounded stochastically. The update is
+then preserved on average.
+
 Letters: N rows (batch x time), O out_features, I in_features, r block size; s = sum_b x_b.
 """
 
@@ -31,23 +35,26 @@ from rwkv_peft.ops.products import (
     weight_slices,
 )
 
-COL_SLICE_NUMBERS = 2**22
-"""Numbers of W + dW that `bone_col` builds at a time, 16 MB in fp32: enough for a fast product."""
+COL_SLICE_ELEMENTS = 2**22
+"""Number of elements of W + dW that `bone_col` builds at a time, 16 MB in fp32: large enough for a fast product."""
 
 COL_FEW_ROWS = 16
-"""`bone_col` on so few rows, without gradients, leaves W as it is: 11 times faster for one row, even at about 20."""
+"""With at most this many rows and no gradients, `bone_col` does not build W + dW. This is 11 times faster for one row;
+at about 20 rows both ways take the same time."""
 
 
 def block_affine_delta(weight: Tensor, bone: Tensor, mode: str) -> Tensor:
-    """dW by its definition, all blocks at once.
+    """Return dW by its definition, all blocks at once.
 
     Args:
-        weight: (O, I), r divides both.
-        bone: in weight's dtype; (I/r, r, r) for `row` and `hadamard`, (O/r, r, r) for `col` and `left`,
+        weight: (O, I); r divides both.
+        bone: in weight's dtype: (I/r, r, r) for `row` and `hadamard`, (O/r, r, r) for `col` and `left`,
             (2, I/r, r, r) for `unconstrained`, (g, r, r) for `group`, where g divides the number of blocks.
         mode: row, col, left, group, unconstrained or hadamard.
     Returns:
-        (O, I), a pure delta.
+        (O, I), the difference from `weight`.
+    Raises:
+        ValueError: unknown mode.
     """
     r = bone.shape[-1]
     blocks = weight.unflatten(1, (-1, r)).unflatten(0, (-1, r)).transpose(1, 2)  # (O/r, I/r, r, r)
@@ -59,7 +66,7 @@ def block_affine_delta(weight: Tensor, bone: Tensor, mode: str) -> Tensor:
         delta = bone.mT[:, None] @ blocks + bone.mT[:, None]
     elif mode == "group":
         copies = blocks.shape[0] * blocks.shape[1] // bone.shape[0]
-        matrices = bone.repeat(copies, 1, 1).unflatten(0, blocks.shape[:2])  # block i, row by row, has bone[i mod g]
+        matrices = bone.repeat(copies, 1, 1).unflatten(0, blocks.shape[:2])  # block i, counted by rows: bone[i mod g]
         delta = blocks @ matrices + matrices
     elif mode == "unconstrained":
         factors, summands = bone
@@ -67,22 +74,22 @@ def block_affine_delta(weight: Tensor, bone: Tensor, mode: str) -> Tensor:
     elif mode == "hadamard":
         delta = blocks * bone + bone
     else:
-        raise ValueError(f"mode {mode!r} is none of row, col, left, group, unconstrained, hadamard")
+        raise ValueError(f"bone: mode must be row, col, left, group, unconstrained or hadamard; found {mode!r}")
     return delta.transpose(1, 2).reshape(weight.shape)
 
 
 def bone_row(x: Tensor, weight: Matrix, bone: Tensor, stochastic: bool = False) -> Tensor:
-    """y = x (W + dW)^T with dW_ab = W_ab B_b + B_b, one r x r matrix per *input* block.
+    """Return y = x (W + dW)^T with dW_ab = W_ab B_b + B_b, one r x r matrix per *input* block.
 
-    The update acts on the input alone: W_ab B_b x_b = W_ab (B_b x_b), so with p_b = B_b x_b
+    The update acts on the input only: W_ab B_b x_b = W_ab (B_b x_b), so with p_b = B_b x_b
         y = W (x + p) + tile(sum_b p_b)
-    which costs I*r per row beside the frozen product. Backward keeps x, W and bone only.
+    which costs I*r per row in addition to the frozen product. Saves only x, W and bone for backward.
 
     Args:
         x: (..., I), any float dtype.
-        weight: (O, I), any float dtype, frozen: it gets no gradient; r divides O and I (checked at injection).
+        weight: (O, I), any float dtype, frozen (no gradient); r divides O and I (checked at injection).
         bone: (I/r, r, r), any float dtype.
-        stochastic: round x + p stochastically where x is bf16 and products are too.
+        stochastic: round x + p stochastically if x and the products are bf16.
     Returns:
         (..., O) in x's dtype.
     """
@@ -90,25 +97,25 @@ def bone_row(x: Tensor, weight: Matrix, bone: Tensor, stochastic: bool = False) 
 
 
 def bone_left(x: Tensor, weight: Matrix, bone: Tensor, stochastic: bool = False) -> Tensor:
-    """y = x (W + dW)^T with dW_ab = B_a^T W_ab + B_a^T, one r x r matrix per *output* block.
+    """Return y = x (W + dW)^T with dW_ab = B_a^T W_ab + B_a^T, one r x r matrix per *output* block.
 
-    The update acts on the output alone: with h = W x,  y_a = h_a + B_a^T (h_a + s). Backward keeps h and s in
-    place of x.
+    The update acts on the output only: with h = W x, y_a = h_a + B_a^T (h_a + s). Saves h and s for backward instead
+    of x.
 
-    Args and returns as `bone_row`, but bone is (O/r, r, r), and what is rounded stochastically is y.
+    Args and returns as for `bone_row`, but bone is (O/r, r, r), and `stochastic` applies to y.
     """
     return _on_rows(_BoneLeft, x, weight, bone, stochastic)
 
 
 def bone_col(x: Tensor, weight: Matrix, bone: Tensor, stochastic: bool = False) -> Tensor:
-    """y = x (W + dW)^T with dW_ab = W_ab B_a + B_a, one r x r matrix per *output* block.
+    """Return y = x (W + dW)^T with dW_ab = W_ab B_a + B_a, one r x r matrix per *output* block.
 
-    B_a mixes the columns of every block of its row of blocks, so it cannot be moved to x or y: W + W B is
-    needed, and is built a slice of output rows at a time and dropped. Backward keeps x, W and bone only.
+    B_a mixes the columns of every block in its row of blocks, so it cannot be applied to x or y. W + W B is therefore
+    built for one slice of output rows at a time and discarded after use. Saves only x, W and bone for backward.
 
-    Few rows without gradients (a generated token) take W (x + B_a x) instead, for each a, and build nothing.
+    For a few rows without gradients (generation), W (x + B_a x) is computed for each a instead, without W + W B.
 
-    Args and returns as `bone_row`, but bone is (O/r, r, r), and what is rounded stochastically is W + W B.
+    Args and returns as for `bone_row`, but bone is (O/r, r, r), and `stochastic` applies to W + W B.
     """
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or bone.requires_grad)
     few = x[..., 0].numel() <= COL_FEW_ROWS
@@ -118,35 +125,35 @@ def bone_col(x: Tensor, weight: Matrix, bone: Tensor, stochastic: bool = False) 
 
 
 def bone_materialized(x: Tensor, weight: Matrix, bone: Tensor, mode: str) -> Tensor:
-    """y = x (W + dW)^T as the paper's code has it: dW and W + dW are built, and kept for backward.
+    """Return y = x (W + dW)^T as in the paper's code, which builds dW and W + dW and keeps them for backward.
 
-    For comparison. Args and returns as the function of `mode`; weight and bone are used in x's dtype.
+    Intended for comparison. Args and returns as for the function of `mode`; weight and bone are used in x's dtype.
     """
     weight = weight[:].to(x.dtype)
     return linear(x, weight + block_affine_delta(weight, bone.to(x.dtype), mode))
 
 
 def add_stochastically(a: Tensor, b: Tensor) -> Tensor:
-    """a + b in bf16, rounded up or down at random so that its mean is the exact sum.
+    """Return a + b in bf16, rounded up or down at random such that the expected value is the exact sum.
 
-    Noise below the bf16 grid is added to the fp32 sum, which is then cut off. The noise of place (n, m) is that of
-    row n xor that of column m: uniform everywhere and pairwise independent, which is all that the mean and the
-    variance of any product with the result depend on, for N + M random numbers instead of N * M.
+    Noise smaller than a bf16 step is added to the fp32 sum, which is then truncated. The noise of element (n, m) is
+    noise[n] xor noise[m]. It is uniform, and any two elements are independent. The mean and the variance of a product
+    with the result depend on nothing else, so N + M random numbers are enough instead of N * M.
 
     Args:
         a, b: (N, M) bf16.
     Returns:
-        (N, M) bf16. The numbers come from torch's generator of the device, which checkpointing replays.
+        (N, M) bf16. The random numbers come from torch's generator of the device, which checkpointing restores.
     """
     bits = a.to(torch.float32, copy=True).add_(b).view(torch.int32)
     rows = torch.randint(2**16, (a.shape[0], 1), dtype=torch.int32, device=a.device)
     columns = torch.randint(2**16, (1, a.shape[1]), dtype=torch.int32, device=a.device)
-    bits.add_(rows ^ columns)  # carries into the upper half as often as the lower half says
+    bits.add_(rows ^ columns)  # carries into the upper half with the right probability
     return bits.bitwise_right_shift_(16).to(torch.int16).view(torch.bfloat16)
 
 
 def _on_rows(form: type[torch.autograd.Function], x: Tensor, weight: Matrix, bone: Tensor, stochastic: bool) -> Tensor:
-    """Apply a form that takes (N, I) rows to (..., I)."""
+    """Apply an autograd Function for rows (N, I) to x (..., I)."""
     rows = x.reshape(-1, x.shape[-1])
     dtype = product_dtype(rows)
     stochastic = stochastic and dtype == torch.bfloat16
@@ -154,23 +161,23 @@ def _on_rows(form: type[torch.autograd.Function], x: Tensor, weight: Matrix, bon
 
 
 def _block_sum(x: Tensor, r: int) -> Tensor:
-    """s = sum_b x_b: (N, I) -> (N, r)."""
+    """Return s = sum_b x_b: (N, I) -> (N, r)."""
     return x.unflatten(-1, (-1, r)).sum(1)
 
 
 def _add_to_blocks(y: Tensor, s: Tensor) -> Tensor:
-    """y_a += s in place: (N, O), (N, r)."""
+    """Compute y_a += s in place and return y: (N, O), (N, r) -> (N, O)."""
     y.unflatten(-1, (-1, s.shape[-1])).add_(s.unsqueeze(1))
     return y
 
 
 def _rows(blocks: Tensor) -> Tensor:
-    """(G, N, r) -> (N, G*r): what `column_blocks` made of rows, as rows again."""
+    """Return the rows that `column_blocks` was applied to: (G, N, r) -> (N, G*r)."""
     return blocks.transpose(0, 1).flatten(1)
 
 
 class _BoneRow(torch.autograd.Function):
-    """`bone_row` on (N, I) rows, computed in `dtype`."""
+    """Computes `bone_row` on (N, I) rows with products in `dtype`."""
 
     @staticmethod
     @in_own_dtype
@@ -180,7 +187,7 @@ class _BoneRow(torch.autograd.Function):
         blocks, matrices = column_blocks(x, r), bone.to(dtype).mT
         if stochastic:
             update = torch.bmm(blocks, matrices)  # (I/r, N, r)
-            # One rounding for both terms: y on the bf16 grid would swallow the second as x swallows p.
+            # Round both terms once: added to a rounded y, the second term could be lost, as p would be in x.
             tile = update.sum(0).repeat(1, weight.shape[0] // r)  # (N, O)
             return times_transposed(add_stochastically(x, _rows(update)), weight, add_to=tile)
         mixed, s = mix_blocks(blocks, matrices, want_sum=True, dtype=dtype)
@@ -193,7 +200,7 @@ class _BoneRow(torch.autograd.Function):
         x, bone = ctx.saved_tensors
         r, grad_y = bone.shape[-1], grad_y.to(ctx.dtype)
         grad_mixed = column_blocks(times(grad_y, ctx.weight), r)  # (I/r, N, r)
-        tile = _block_sum(grad_y, r)  # with it, the gradient of p
+        tile = _block_sum(grad_y, r)  # grad_mixed + tile is the gradient of p
         grad_x = grad_bone = None
         if ctx.needs_input_grad[2]:
             grad_bone = outer_blocks(grad_mixed, column_blocks(x, r), tile=tile, dtype=ctx.dtype).to(bone.dtype)
@@ -203,7 +210,7 @@ class _BoneRow(torch.autograd.Function):
 
 
 class _BoneLeft(torch.autograd.Function):
-    """`bone_left` on (N, I) rows, computed in `dtype`."""
+    """Computes `bone_left` on (N, I) rows with products in `dtype`."""
 
     @staticmethod
     @in_own_dtype
@@ -234,10 +241,11 @@ class _BoneLeft(torch.autograd.Function):
 
 
 class _BoneCol(torch.autograd.Function):
-    """`bone_col` on (N, I) rows, computed in `dtype`.
+    """Computes `bone_col` on (N, I) rows with products in `dtype`.
 
-    The "+ B_a" term joins the slices of W + W B, since W_ab B_a + B_a = (W_ab + 1) B_a. In half precision the larger
-    part of dW would drown there, so then it has a path of its own, B_a s in every output block.
+    In fp32 and wider, the slices of W + W B include the "+ B_a" term, because W_ab B_a + B_a = (W_ab + 1) B_a. In half
+    precision, rounding W + dW would lose most of this term, the larger part of dW. It is then computed separately, as
+    B_a s in every output block.
     """
 
     @staticmethod
@@ -248,7 +256,7 @@ class _BoneCol(torch.autograd.Function):
         x, bone = x.to(dtype), bone.to(dtype)
         unit = _unit_tile(weight, bone)
         y = x.new_empty(x.shape[0], weight.shape[0])
-        if unit is None:  # first, so that y is rounded with both terms in it
+        if unit is None:  # before the large product, so that y is rounded after both
             torch.mm(_block_sum(x, bone.shape[-1]), bone.flatten(0, 1).mT, out=y)
         for rows, blocks in _slices(weight, bone):
             mixed = _mixed(weight[rows], bone[blocks], unit, stochastic)
@@ -264,7 +272,7 @@ class _BoneCol(torch.autograd.Function):
         r, unit = bone.shape[-1], _unit_tile(weight, bone)
         grad_x, grad_bone = torch.empty_like(x), torch.empty_like(bone)
         for rows, blocks in _slices(weight, bone):
-            part = weight[rows]  # (rows, I), read once: a quantised weight is dequantised here
+            part = weight[rows]  # (rows, I), read once: this dequantizes a quantized weight
             if ctx.needs_input_grad[0]:
                 mixed = _mixed(part, bone[blocks], unit, False)
                 grad_x.addmm_(grad_y[:, rows], mixed, beta=int(rows.start > 0))
@@ -286,7 +294,7 @@ class _BoneCol(torch.autograd.Function):
 
 
 def _col_on_few_rows(x: Tensor, weight: Matrix, bone: Tensor) -> Tensor:
-    """`bone_col` by y_a = W_a (x + B_a x) + B_a s: work that grows with the rows, where building W + W B does not."""
+    """Compute `bone_col` as y_a = W_a (x + B_a x) + B_a s: fast for a few rows, because W + W B is not built."""
     r = bone.shape[-1]
     rows, bone = x.reshape(-1, x.shape[-1]), bone.to(x.dtype)
     update = rows.unflatten(-1, (-1, r)) @ bone.mT[:, None]  # (O/r, N, I/r, r)
@@ -297,14 +305,14 @@ def _col_on_few_rows(x: Tensor, weight: Matrix, bone: Tensor) -> Tensor:
 
 
 def _slices(weight: Matrix, bone: Tensor):
-    """Slices of W's rows, and the same of bone's matrices."""
+    """Yield slices of W's rows together with the matching slices of bone's matrices."""
     r = bone.shape[-1]
-    for rows in weight_slices(weight, multiple=r, numbers=COL_SLICE_NUMBERS):
+    for rows in weight_slices(weight, multiple=r, elements=COL_SLICE_ELEMENTS):
         yield rows, slice(rows.start // r, rows.stop // r)
 
 
 def _unit_tile(weight: Matrix, bone: Tensor) -> Tensor | None:
-    """The unit matrix as it lies in `row_blocks` of W, (r * I/r, r), in bone's dtype; None in half precision."""
+    """Return the identity matrix, repeated as in `row_blocks` of W, (r * I/r, r); None in half precision."""
     if bone.dtype in (torch.bfloat16, torch.float16):
         return None
     r = bone.shape[-1]
@@ -312,7 +320,7 @@ def _unit_tile(weight: Matrix, bone: Tensor) -> Tensor | None:
 
 
 def _mixed(weight: Tensor, bone: Tensor, unit: Tensor | None, stochastic: bool) -> Tensor:
-    """W_ab + (W_ab + unit) B_a for a slice of W's rows, in bone's dtype: (g*r, I), (g, r, r) -> (g*r, I)."""
+    """Return W_ab + (W_ab + unit) B_a for a slice of W's rows, in bone's dtype: (g*r, I), (g, r, r) -> (g*r, I)."""
     blocks = row_blocks(weight, bone.shape[-1])
     if stochastic:
         return add_stochastically(weight.to(bone.dtype), torch.bmm(blocks.to(bone.dtype), bone).view(weight.shape))

@@ -1,19 +1,21 @@
-"""Bone's other layouts (arXiv 2409.15371): the free grouping, and the two ablations of the update's form.
+"""Bone's variants (arXiv 2409.15371v1): free grouping of the blocks, and the two ablations of the update.
 
-W is (O, I), cut into r x r blocks W_ab (a: output block, b: input block), as in ops/bone/layouts.py, whose
-`block_affine_delta` defines these too:
+W is (O, I), cut into r x r blocks W_ab (a: output block, b: input block), as in ops/bone/layouts.py. Its function
+`block_affine_delta` also defines these variants:
 
     group          bone (g, r, r)        dW_ab = W_ab B_i + B_i, i = (a * I/r + b) mod g   (eq. 3, 4)
     unconstrained  bone (2, I/r, r, r)   dW_ab = W_ab A_b + B_b, A = bone[0], B = bone[1]  (eq. 11)
     hadamard       bone (I/r, r, r)      dW_ab = W_ab * B_b + B_b, elementwise             (eq. 12)
 
-`unconstrained`, and `group` where g divides I/r, act on the input and cost what LoRA costs. The others need W + dW: it
-is built a slice of output rows at a time, dropped, and built again for backward (the tiled form). So none of the three
-keeps a weight-sized tensor, and W may be anything that gives a slice of its rows by `weight[rows]`.
+`unconstrained`, and `group` if g divides I/r, act on the input and cost as much as LoRA. The others need W + dW. It is
+built for one slice of output rows at a time, discarded after use, and built again for backward (the "tiled form"). None
+of the three variants keeps a weight-sized tensor, and W can be any object whose rows can be read with `weight[rows]`.
 
-None of them rounds stochastically, as row, col and left can. Slices of W + dW are computed in fp32 or wider and rounded
-once to the dtype of products. Where that is bf16 or fp16 (ops/products.py: a GPU, a CPU with AMX), what of dW lies
-below W's grid is lost in the tiled form, and what of A_b x_b lies below x's in the other.
+Stochastic rounding, which row, col and left offer, is not available here. Slices of W + dW are computed in fp32 or
+wider and rounded once to the dtype of the products. If that dtype is bf16 or fp16 (on a GPU, or a CPU with AMX; see
+ops/products.py), updates smaller than half a step of that dtype are lost: those of W in the tiled form, and those of x
+otherwise.
+
 Letters: N rows (batch x time), O out_features, I in_features, r block size, g matrices, k row blocks of one slice.
 """
 
@@ -30,20 +32,22 @@ from rwkv_peft.ops.bone.block_products import column_blocks, mix_blocks, outer_b
 from rwkv_peft.ops.bone.layouts import bone_row
 from rwkv_peft.ops.products import Matrix, in_own_dtype, product_dtype, times, times_transposed, weight_slices
 
-TILE_NUMBERS = 2**21
-"""Numbers of W + dW that the tiled form builds at a time, 8 MB in fp32; `group` holds four such slices for a moment."""
+TILE_ELEMENTS = 2**21
+"""Number of elements of W + dW that the tiled form builds at a time, 8 MB in fp32. `group` briefly needs four times as
+much."""
 
 
 def bone_group(x: Tensor, weight: Matrix, bone: Tensor) -> Tensor:
-    """y = x (W + dW)^T with dW_ab = W_ab B_i + B_i: blocks, counted row by row, take the g matrices in turn.
+    """Return y = x (W + dW)^T with dW_ab = W_ab B_i + B_i: block number i, counted row by row, uses matrix i mod g.
 
-    Where g divides I/r a block's matrix depends on b alone: that is row with bone repeated (g = I/r is row itself).
-    Every other g, multiples of I/r too, takes the tiled form. Rows that share matrices could then share x + B x, but
-    they lie apart in W, and with many groups this costs more than building W + dW, whose cost no g changes.
+    If g divides I/r, a block's matrix depends on b only. This is the layout row with bone repeated (g = I/r is exactly
+    row). Every other g, including multiples of I/r, uses the tiled form, whose cost does not depend on g. (Rows of
+    blocks with the same matrices could share x + B x, but they are not adjacent in W, and with many groups this would
+    cost more than building W + dW.)
 
     Args:
         x: (..., I), any float dtype.
-        weight: (O, I), any float dtype, frozen: it gets no gradient; r divides O and I (checked at injection).
+        weight: (O, I), any float dtype, frozen (no gradient); r divides O and I (checked at injection).
         bone: (g, r, r), any float dtype; g divides the number of blocks, O/r * I/r.
     Returns:
         (..., O) in x's dtype.
@@ -55,29 +59,29 @@ def bone_group(x: Tensor, weight: Matrix, bone: Tensor) -> Tensor:
 
 
 def bone_unconstrained(x: Tensor, weight: Matrix, bone: Tensor) -> Tensor:
-    """y = x (W + dW)^T with dW_ab = W_ab A_b + B_b: the factor and the summand of an input block are independent.
+    """Return y = x (W + dW)^T with dW_ab = W_ab A_b + B_b: the factor and the summand of a block are independent.
 
-    The update acts on the input alone, as in row:
+    The update acts on the input only, as in row:
         y = W (x + A_b x_b) + tile(sum_b B_b x_b)
-    Backward keeps x, W and bone only.
+    Saves only x, W and bone for backward.
 
-    Args and returns as `bone_group`, but bone is (2, I/r, r, r): A, then B.
+    Args and returns as for `bone_group`, but bone is (2, I/r, r, r): A, then B.
     """
     return _on_rows(_BoneUnconstrained, x, weight, bone)
 
 
 def bone_hadamard(x: Tensor, weight: Matrix, bone: Tensor) -> Tensor:
-    """y = x (W + dW)^T with dW_ab = W_ab * B_b + B_b elementwise, one r x r matrix per *input* block.
+    """Return y = x (W + dW)^T with dW_ab = W_ab * B_b + B_b elementwise, one r x r matrix per *input* block.
 
-    Always in the tiled form: one pass over W builds W + dW. Backward keeps x, W and bone only.
+    Always uses the tiled form: one pass over W builds W + dW. Saves only x, W and bone for backward.
 
-    Args and returns as `bone_group`, but bone is (I/r, r, r).
+    Args and returns as for `bone_group`, but bone is (I/r, r, r).
     """
     return _on_rows(_Tiled, x, weight, bone, _HADAMARD)
 
 
 def _on_rows(function: type[torch.autograd.Function], x: Tensor, weight: Matrix, bone: Tensor, *options) -> Tensor:
-    """Apply a function that takes (N, I) rows to (..., I)."""
+    """Apply an autograd Function for rows (N, I) to x (..., I)."""
     rows = x.reshape(-1, x.shape[-1])
     y = function.apply(rows, weight, bone, product_dtype(rows), *options)
     return y.reshape(*x.shape[:-1], weight.shape[0])
@@ -88,23 +92,23 @@ def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
 
 
 class _TiledForm(NamedTuple):
-    """A layout as the tiled form sees it: what one slice of k row blocks of W, the first of them `a`, becomes."""
+    """How the tiled form computes one variant, for a slice of k row blocks of W that begins at row block `a`."""
 
     updated: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
     """(W's rows (k*r, I), bone in fp32 or wider, a, dtype) -> the rows of W + dW, (k*r, I) in dtype."""
 
     add_gradient: Callable[[Tensor, Tensor, Tensor, int], None]
-    """(gradient of bone so far, W's rows, the gradient of those of W + dW, a): adds these rows' part to the first."""
+    """(grad_bone, W's rows, gradient of these rows of W + dW, a): adds these rows' part to grad_bone in place."""
 
 
 class _Tiled(torch.autograd.Function):
-    """y = x (W + dW)^T on (N, I) rows, W + dW by slices; products in `dtype`."""
+    """Computes y = x (W + dW)^T on (N, I) rows, building W + dW in slices, with products in `dtype`."""
 
     @staticmethod
     @in_own_dtype
     def forward(ctx, x: Tensor, weight: Matrix, bone: Tensor, dtype: torch.dtype, form: _TiledForm) -> Tensor:
         ctx.save_for_backward(x, bone)
-        ctx.weight = weight  # frozen, so there is no version to check, and perhaps a quantised storage: no tensor
+        ctx.weight = weight  # not saved as a tensor: it is frozen, and may be quantized weights
         ctx.dtype, ctx.form, y_dtype = dtype, form, x.dtype
         x, bone = x.to(dtype), bone.to(_at_least_fp32(dtype))
         y = x.new_empty(x.shape[0], weight.shape[0])
@@ -138,32 +142,32 @@ class _Tiled(torch.autograd.Function):
 
 
 def _row_slices(weight: Matrix, bone: Tensor):
-    return weight_slices(weight, multiple=bone.shape[-1], numbers=TILE_NUMBERS)
+    return weight_slices(weight, multiple=bone.shape[-1], elements=TILE_ELEMENTS)
 
 
 def _group_updated(weight: Tensor, bone: Tensor, first: int, dtype: torch.dtype) -> Tensor:
-    """W_ab + (W_ab + unit) B_i."""
+    """Return W_ab + (W_ab + unit) B_i."""
     r = bone.shape[-1]
     blocks = _counted_blocks(weight, r)  # (k * I/r, r, r)
-    matrices = bone[_matrix_numbers(weight, bone, first)]  # (k * I/r, r, r)
+    matrices = bone[_matrix_indices(weight, bone, first)]  # (k * I/r, r, r)
     mixed, _ = mix_blocks(blocks, matrices, tile=_unit(bone), dtype=dtype)
     return mixed.view(-1, weight.shape[1] // r, r, r).transpose(1, 2).reshape(weight.shape)
 
 
 def _group_add_gradient(grad_bone: Tensor, weight: Tensor, grad_weight: Tensor, first: int) -> None:
-    """The gradient of B_i is the sum of (W_ab + unit)^T dL/dW_ab over its blocks."""
+    """Add these rows' part to the gradient of B_i, the sum of (W_ab + unit)^T dL/dW_ab over the blocks with B_i."""
     blocks, grad_blocks = (_counted_blocks(t, grad_bone.shape[-1]) for t in (weight, grad_weight))
     parts = outer_blocks(blocks, grad_blocks, tile=_unit(grad_bone), dtype=grad_bone.dtype)  # (k * I/r, r, r)
-    grad_bone.index_add_(0, _matrix_numbers(weight, grad_bone, first), parts)
+    grad_bone.index_add_(0, _matrix_indices(weight, grad_bone, first), parts)
 
 
 def _counted_blocks(weight: Tensor, r: int) -> Tensor:
-    """(k*r, I) -> (k * I/r, r, r): the blocks as the paper counts them, row by row; a copy unless k is 1."""
+    """Return the blocks in the paper's order, row by row: (k*r, I) -> (k * I/r, r, r). A copy unless k is 1."""
     return weight.unflatten(0, (-1, r)).unflatten(-1, (-1, r)).transpose(1, 2).flatten(0, 1)
 
 
-def _matrix_numbers(weight: Tensor, bone: Tensor, first: int) -> Tensor:
-    """i of every block of a slice of W's rows that begins at row block `first`: (k * I/r,)."""
+def _matrix_indices(weight: Tensor, bone: Tensor, first: int) -> Tensor:
+    """Return the matrix index i of every block of a slice of W's rows that begins at row block `first`: (k * I/r,)."""
     g, r, _ = bone.shape
     start, count = first * (weight.shape[1] // r), weight.shape[0] * weight.shape[1] // r**2
     return torch.arange(start, start + count, device=bone.device) % g
@@ -174,21 +178,21 @@ def _unit(bone: Tensor) -> Tensor:
 
 
 def _hadamard_updated(weight: Tensor, bone: Tensor, first: int, dtype: torch.dtype) -> Tensor:
-    """W_ab * (1 + B_b) + B_b; every row of blocks is treated alike."""
+    """Return W_ab * (1 + B_b) + B_b, which does not depend on the row of blocks."""
     side_by_side = _side_by_side(bone)  # (r, I)
     stacked = weight.to(bone.dtype).unflatten(0, (-1, bone.shape[-1]))  # (k, r, I)
     return torch.addcmul(side_by_side, stacked, 1 + side_by_side).to(dtype).flatten(0, 1)
 
 
 def _hadamard_add_gradient(grad_bone: Tensor, weight: Tensor, grad_weight: Tensor, first: int) -> None:
-    """The gradient of B_b is the sum over a of (W_ab + 1) * dL/dW_ab."""
+    """Add these rows' part to the gradient of B_b, the sum over a of (W_ab + 1) * dL/dW_ab."""
     r = grad_bone.shape[-1]
     stacked, grad = (t.to(grad_bone.dtype).unflatten(0, (-1, r)) for t in (weight, grad_weight))  # (k, r, I)
     grad_bone += column_blocks(torch.addcmul(grad, stacked, grad).sum(0), r)
 
 
 def _side_by_side(bone: Tensor) -> Tensor:
-    """(I/r, r, r) -> (r, I): the matrices as they lie in a row of blocks of W."""
+    """Return the matrices side by side, as in a row of blocks of W: (I/r, r, r) -> (r, I)."""
     return bone.transpose(0, 1).flatten(1)
 
 
@@ -197,7 +201,7 @@ _HADAMARD = _TiledForm(_hadamard_updated, _hadamard_add_gradient)
 
 
 class _BoneUnconstrained(torch.autograd.Function):
-    """`bone_unconstrained` on (N, I) rows, computed in `dtype`."""
+    """Computes `bone_unconstrained` on (N, I) rows with products in `dtype`."""
 
     @staticmethod
     @in_own_dtype
@@ -216,7 +220,7 @@ class _BoneUnconstrained(torch.autograd.Function):
     @once_differentiable
     @in_own_dtype
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        x, bone = ctx.saved_tensors  # once: checkpointing gives them a single time
+        x, bone = ctx.saved_tensors  # read only once: checkpointing may not allow a second access
         r, dtype = bone.shape[-1], ctx.dtype
         factors, summands = bone.to(dtype)
         grad_y = grad_y.to(dtype)

@@ -1,4 +1,5 @@
-"""The element-wise steps of a block (token-shift mixes, decay, gated norm): reference, dispatch and compiled form.
+"""The element-wise steps of a block: token-shift mixes, decay, gated norm and squared ReLU.
 
-Imports the other operators' shared parts only; sources are in cuda/mix.
+`op.py` has the public functions and chooses between `reference.py` (plain torch) and `native.py` (compiled, sources in
+cuda/mix). This package imports only `build` and `products` from the other operators.
 """

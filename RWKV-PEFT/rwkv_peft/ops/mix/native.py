@@ -1,6 +1,6 @@
-"""The compiled operators of cuda/mix as PyTorch sees them: loading, fake tensors, autograd.
+"""The compiled operators of cuda/mix: loading, and registering their fake tensors and autograd with PyTorch.
 
-Schemas and loops are in cuda/mix; `ops/mix/op.py` says what each computes.
+Schemas and loops are in cuda/mix. `ops/mix/op.py` documents what each operator computes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from rwkv_peft.ops.build import load_library
 
 @functools.cache
 def load_native() -> str | None:
-    """Build or find the operators and register the rest of them.
+    """Load the compiled operators (built on first use) and register their fake tensors and autograd.
 
     Returns:
-        None when they are ready, else why they are not.
+        None if they are ready, otherwise the reason why not.
     """
     reason = load_library("mix")
     if reason is None:
@@ -31,11 +31,11 @@ def load_native() -> str | None:
 
 
 def _refuse_second_derivative(name, ctx, *_grads):
-    raise RuntimeError(f"{name}: the compiled op has no second derivative; take float64, which needs no compiled op")
+    raise RuntimeError(f"{name}: the compiled operator has no second derivative; use float64 inputs")
 
 
 def _trained(grads, like, train):
-    """Gradients of parameters in their own dtype and shape, or None for each where they do not train."""
+    """Return the parameters' gradients in their own dtype and shape, or None for each if `train` is False."""
     return [grad.to(p.dtype).view(p.shape) if train else None for grad, p in zip(grads, like, strict=True)]
 
 
@@ -61,7 +61,7 @@ def _setup_ddlerp(ctx, inputs, output):
 
 
 def _backward_ddlerp(ctx, *grads):
-    *saved, starts = ctx.saved_tensors  # once only: under checkpointing each access would recompute
+    *saved, starts = ctx.saved_tensors  # read only once: under checkpointing each access would recompute
     x, parameters = saved[0], saved[2:6]
     grads = [torch.zeros_like(x) if grad is None else grad for grad in grads[:5]]
     train = any(ctx.needs_input_grad[2:])

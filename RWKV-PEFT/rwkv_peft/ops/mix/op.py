@@ -1,9 +1,9 @@
-"""What a block does beside its linear layers, LayerNorms and WKV6: the mixes of time-mix and channel-mix, the decay,
-GroupNorm with the gate, squared ReLU.
+"""The element-wise steps of a block: the mixes of time-mix and channel-mix, the decay, GroupNorm with the gate, and
+squared ReLU.
 
-`ops/mix/reference.py` has the definitions, which run where nothing better does. On CPU in fp32 and bf16 compiled
-operators take over where they can be built (cuda/mix): one pass over memory each, fp32 inside, and less kept for the
-backward. B batch, T tokens, C n_embd, A dim_att, R rank.
+`ops/mix/reference.py` has the definitions in plain torch. On the CPU, in fp32 and bf16, compiled operators (cuda/mix)
+replace them if they can be built. Each makes one pass over memory, computes in fp32, and saves less for backward.
+B batch, T tokens, C n_embd, A dim_att, R rank.
 """
 
 from __future__ import annotations
@@ -25,24 +25,26 @@ logger = logging.getLogger(__name__)
 def ddlerp(
     x: Tensor, last: Tensor, maa_x: Tensor, w1: Tensor, maa: Tensor, w2: Tensor, starts: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Data-dependent linear interpolation (Eagle and Finch, arXiv:2404.05892): x moved towards its predecessor, by how
-    much depends on the data. With d = previous - x:
+    """Interpolate between each token and its predecessor, with data-dependent amounts (ddlerp, arXiv:2404.05892).
+
+    With d = previous - x:
 
         low_rank = tanh((x + d maa_x) w1),  out_m = x + d (maa_m + low_rank_m w2_m)
 
-    The compiled form keeps x and the low-rank activations for the backward. Parameters may be wider than x, here and
-    below.
+    The compiled form saves x and the low-rank activations for backward. In this function and those below, parameters
+    may have a wider dtype than x.
 
     Args:
         x: (B, T, C).
-        last: (B, C), the token before the first; x's dtype.
-        maa_x: (C,), the mix that the low-rank products see.
+        last: (B, C), the token before the first one, in x's dtype.
+        maa_x: (C,), the amounts for the input of the low-rank products.
         w1: (C, 5 R).
-        maa: (5, C), what amounts are without data.
+        maa: (5, C), the constant part of the amounts.
         w2: (5, R, C).
-        starts: (B, T) bool, or None for nowhere: tokens that begin a text, whose predecessor is the zero vector.
+        starts: (B, T) bool, True for the first token of a text, whose predecessor is the zero vector. None means that
+            no text starts in these rows.
     Returns:
-        Five times (B, T, C).
+        Five tensors (B, T, C): the inputs of decay, key, value, receptance and gate.
     """
     if _native(x):
         return torch.ops.rwkv_peft.ddlerp(x, last, maa_x, w1, maa, w2, starts)[:5]
@@ -50,15 +52,15 @@ def ddlerp(
 
 
 def shift_lerp(x: Tensor, last: Tensor, maa: Tensor, starts: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """x moved towards its predecessor by two fixed amounts a channel.
+    """Interpolate between each token and its predecessor, with two fixed amounts per channel.
 
     Args:
         x: (B, T, C).
-        last: (B, C), the token before the first; x's dtype.
-        maa: (2, C).
+        last: (B, C), the token before the first one, in x's dtype.
+        maa: (2, C), the amounts.
         starts: as for `ddlerp`.
     Returns:
-        Twice (B, T, C).
+        Two tensors (B, T, C): the inputs of key and receptance.
     """
     if _native(x):
         return torch.ops.rwkv_peft.shift_lerp(x, last, maa, starts)
@@ -66,9 +68,15 @@ def shift_lerp(x: Tensor, last: Tensor, maa: Tensor, starts: Tensor | None = Non
 
 
 def decay(x: Tensor, base: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """w of exp(-exp(w)): base + tanh(x w1) w2, (B, T, A), in fp32 or wider: bf16 has too few bits for a long memory.
+    """Return w = base + tanh(x w1) w2, (B, T, A), which gives the decay exp(-exp(w)).
 
-    x (B, T, C), base (A,), w1 (C, R), w2 (R, A).
+    The result is in fp32 or wider: bf16 is not precise enough for decays close to 1.
+
+    Args:
+        x: (B, T, C).
+        base: (A,).
+        w1: (C, R).
+        w2: (R, A).
     """
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:
         return _WideDecay.apply(x, base, w1, w2)
@@ -76,9 +84,9 @@ def decay(x: Tensor, base: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """GroupNorm of y over the channels of each token's groups, times silu(gate).
+    """Return GroupNorm(y) * silu(gate), where GroupNorm normalizes each token's channels in `groups` groups.
 
-    y, gate (B, T, A); weight, bias (A,). The compiled form keeps y and gate for the backward.
+    y and gate are (B, T, A), weight and bias (A,). The compiled form saves y and gate for backward.
     """
     if _native(y):
         return torch.ops.rwkv_peft.gated_norm(y, gate, weight, bias, groups, eps)
@@ -86,14 +94,17 @@ def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, groups: in
 
 
 def relu_square(k: Tensor) -> Tensor:
-    """relu(k)^2. The compiled form keeps its output alone, which the next layer keeps as its input anyway."""
+    """Return relu(k)^2. The compiled form saves only its output, which the next layer saves anyway as its input."""
     if _native(k):
         return torch.ops.rwkv_peft.relu_square(k)
     return mix_reference.relu_square(k)
 
 
 class _WideDecay(torch.autograd.Function):
-    """`decay` for bf16 with products in fp32, which many CPUs do faster. Keeps tanh's output, and x where w1 trains."""
+    """Computes `decay` for bf16 with products in fp32, which many CPUs compute faster.
+
+    Saves the output of tanh for backward, and x if w1 needs a gradient.
+    """
 
     @staticmethod
     @in_own_dtype
@@ -124,14 +135,14 @@ def _native(x: Tensor) -> bool:
     return _has_compiled()
 
 
-@torch.compiler.assume_constant_result  # torch.compile must not look into the building of a library
+@torch.compiler.assume_constant_result  # torch.compile must not trace the build
 def _has_compiled() -> bool:
     return _load_compiled()
 
 
-@functools.cache  # so that it is said once
+@functools.cache  # logs the warning once
 def _load_compiled() -> bool:
     reason = load_native()
     if reason is not None:
-        logger.warning("mixes on cpu: slower torch operations, as the compiled ones are missing: %s", reason)
+        logger.warning("mixes on cpu: using slower torch operations; the compiled ones are not available: %s", reason)
     return reason is None

@@ -1,6 +1,7 @@
-"""What `ops/mix/op.py` computes, in plain torch operations: any device, any dtype, differentiable any number of times.
+"""Definitions of the functions of `ops/mix/op.py` in plain torch, for any device, any dtype and any derivative.
 
-Parameters may be wider than the activations, whose dtype is the results'. Shapes are in `ops/mix/op.py`.
+Parameters may have a wider dtype than the activations. Results have the activations' dtype. `ops/mix/op.py` documents
+the arguments and shapes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from torch import Tensor
 
 
 def token_shift(x: Tensor, last: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Each token's predecessor, (B, T, C): `last` (B, C) before the first, zeros where `starts` (B, T) is set."""
+    """Return each token's predecessor, (B, T, C).
+
+    The first token's predecessor is `last` (B, C). Tokens with `starts` (B, T) set have a predecessor of zeros.
+    """
     previous = torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1)
     return previous if starts is None else previous.masked_fill(starts.unsqueeze(-1), 0)
 

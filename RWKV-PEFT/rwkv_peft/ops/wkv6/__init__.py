@@ -1,4 +1,5 @@
-"""The WKV6 operator: its reference, the choice of a backend, and the backends.
+"""The WKV6 operator: its definition (`reference.py`), the public function and the choice of a backend (`op.py`).
 
-Imports the other operators' shared parts (`ops/build.py`) only; sources are in cuda/wkv6.
+The backends are `native.py` (compiled, sources in cuda/wkv6), `fla.py` and `chunked.py` (plain torch). This package
+imports only `build` from the other operators.
 """

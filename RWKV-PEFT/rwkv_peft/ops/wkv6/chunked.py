@@ -1,6 +1,6 @@
-"""WKV6 in plain PyTorch, a chunk of tokens at a time: what runs where nothing can be compiled.
+"""WKV6 in plain PyTorch, one chunk of tokens at a time: the fallback if the compiled operator is not available.
 
-B batch, H heads, c tokens of a chunk, N head size.
+B batch, H heads, c tokens in a chunk, N head size.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ import torch
 from torch import Tensor
 
 CHUNK = 8
-"""Tokens taken at once. The decays between all pairs of them are (c, c, N), so work and memory per token grow with c;
-below 8 the number of small products takes over (measured on CPU, forward + backward: 8 is 1.6x faster than 16)."""
+"""Number of tokens in a chunk. The decays between all pairs of tokens are (c, c, N), so work and memory per token grow
+with c. Below 8, the overhead of many small products is larger. Measured on a CPU, forward and backward: 8 is 1.6 times
+faster than 16."""
 
 _W_MAX = 7.0
-"""exp(-exp(7)) is 0 in float64 too, and its gradient with it: a larger w changes nothing but the size of exp(w)."""
+"""Largest w that is used. exp(-exp(7)) and its gradient are 0 even in float64, so a larger w gives the same result."""
 
 
 def wkv6_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.wkv6_reference` by matrix products, safe for every finite w.
+    """Compute `reference.wkv6_reference` with matrix products, for any finite w.
 
-    Decays multiply, so their logarithms -exp(w) add up. Only sums over the tokens in between are ever exponentiated:
-    never positive, and never a difference of two long sums, whose rounding would grow with w.
+    The logarithm of a product of decays is the sum of their logarithms -exp(w). Only sums over the tokens between two
+    positions are exponentiated. They are never positive, and never the difference of two long sums, whose rounding
+    error would grow with w.
 
     Args:
         r, k, v, w: (B, T, H, N), float32 or float64, one dtype.
         u: (H, N). state: (B, H, N, N), indexed [key][value].
     Returns:
-        y (B, T, H, N) and the last state (B, H, N, N). Differentiable by autograd, which keeps c*c*N numbers per
+        y (B, T, H, N) and the last state (B, H, N, N). Differentiable by autograd, which saves c*c*N elements per
         chunk and head.
     """
     log_decay = -torch.exp(w.clamp(max=_W_MAX))
@@ -38,7 +40,7 @@ def wkv6_chunked(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: T
 
 
 def _one_chunk(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """r, k, v, log_decay: (B, H, c, N); returns y (B, H, c, N) and the next state."""
+    """Return y (B, H, c, N) and the next state; r, k, v, log_decay are (B, H, c, N)."""
     since_start = log_decay.cumsum(2)  # (B, H, c, N), token t included
     to_end = log_decay.flip(2).cumsum(2).flip(2)  # token t included
 
@@ -52,9 +54,9 @@ def _one_chunk(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, u: Tensor, st
 
 
 def _pair_weights(log_decay: Tensor, u: Tensor) -> Tensor:
-    """How much of the pair (k_s, v_s) is left for token t, per key channel: (B, H, c, c, N), [t][s].
+    """Return the weight of the pair (k_s, v_s) in token t for each key channel: (B, H, c, c, N), [t][s].
 
-    The product of the decays of s+1 .. t-1 for s < t, the bonus u for s = t, nothing for s > t.
+    The weight is the product of the decays of s+1 .. t-1 if s < t, the bonus u if s = t, and 0 if s > t.
     """
     c = log_decay.shape[2]
     earlier = torch.ones(c, c, dtype=torch.bool, device=log_decay.device).tril(-1)[..., None]  # s < t
@@ -65,10 +67,10 @@ def _pair_weights(log_decay: Tensor, u: Tensor) -> Tensor:
 
 
 def _before(sums: Tensor) -> Tensor:
-    """Running sums over dim 2 moved to stop before token t."""
+    """Shift running sums over dim 2 so that token t is excluded: the sum up to t - 1."""
     return torch.cat((torch.zeros_like(sums[:, :, :1]), sums[:, :, :-1]), dim=2)
 
 
 def _after(sums: Tensor) -> Tensor:
-    """Running sums to the end over dim 2 moved to start after token t."""
+    """Shift reversed running sums over dim 2 so that token t is excluded: the sum from t + 1."""
     return torch.cat((sums[:, :, 1:], torch.zeros_like(sums[:, :, :1])), dim=2)

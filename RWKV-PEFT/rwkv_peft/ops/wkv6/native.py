@@ -1,6 +1,6 @@
-"""The compiled `rwkv_peft::wkv6` as PyTorch sees it: loading, fake tensors, autograd.
+"""The compiled operator `rwkv_peft::wkv6`: loading, and registering its fake tensors and autograd with PyTorch.
 
-Schemas and kernels are in cuda/wkv6; this module adds what is easier said in Python.
+Schemas and kernels are in cuda/wkv6.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from torch import Tensor
 from rwkv_peft.ops.build import load_library
 
 CHUNK = {"cpu": 128, "cuda": 64}
-"""Tokens between two states kept for the backward, which computes those in between again. At N = 64 and fp32 a state
-takes as much memory as the r, k, v and w of 16 tokens. On CPU what belongs to one chunk has to stay in a core's L2
-cache (0.5 MB); CUDA's chunks are also what runs in parallel."""
+"""Number of tokens between two states that are saved for backward, which computes the states in between again. With
+N = 64 and fp32, a state takes as much memory as r, k, v and w of 16 tokens. On the CPU, the data of one chunk should
+stay in a core's L2 cache (0.5 MB). On CUDA, chunks run in parallel."""
 
 CUDA_HEAD_SIZES = (32, 64, 128)
 
 
 @functools.cache
 def load_native(device_type: str) -> str | None:
-    """Build or find the op for "cpu" or "cuda" and register the rest of it.
+    """Load the compiled operator for "cpu" or "cuda" (built on first use) and register its fake tensors and autograd.
 
     Returns:
-        None when it is ready, else why it is not.
+        None if it is ready, otherwise the reason why not.
     """
     if device_type not in ("cpu", "cuda"):
-        return f"there is no compiled op for {device_type} devices"
+        return f"there is no compiled operator for {device_type} devices"
     if reason := _load_schemas():
         return reason
     return load_library("wkv6_cuda") if device_type == "cuda" else None
@@ -36,7 +36,7 @@ def load_native(device_type: str) -> str | None:
 
 @functools.cache
 def _load_schemas() -> str | None:
-    """The CPU library also defines the operators, so it comes first on every device."""
+    """Load the CPU library, which also defines the schemas; every device needs it."""
     reason = load_library("wkv6")
     if reason is None:
         torch.library.register_fake("rwkv_peft::wkv6", _fake_forward)
@@ -48,13 +48,13 @@ def _load_schemas() -> str | None:
 
 
 def wkv6_native(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """`reference.wkv6_reference` by the compiled op, which `load_native` has loaded.
+    """Compute `reference.wkv6_reference` with the compiled operator. Call `load_native` first.
 
     Args:
-        r, k, v: (B, T, H, N), fp32 or bf16, on CUDA also fp16. w (B, T, H, N), u (H, N), state (B, H, N, N): fp32.
+        r, k, v: (B, T, H, N), fp32 or bf16; fp16 only on CUDA. w (B, T, H, N), u (H, N), state (B, H, N, N): fp32.
     Returns:
-        y (B, T, H, N) in r's dtype and the last state (B, H, N, N) in fp32. For the backward only the inputs and the
-        state before every `CHUNK`-th token are kept.
+        y (B, T, H, N) in r's dtype and the last state (B, H, N, N) in fp32. Only the inputs and the state before every
+        `CHUNK`-th token are saved for backward.
     """
     inputs = (r, k, v, w, u, state)
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -64,10 +64,12 @@ def wkv6_native(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Te
 
 
 def wkv6_step_native(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor) -> Tensor:
-    """One token (T = 1) on CPU; arguments as for `wkv6_native`. Updates `state`, which must be contiguous, in place.
+    """Compute one token (T = 1) on the CPU and update `state`, which must be contiguous, in place.
+
+    Args as for `wkv6_native`.
 
     Returns:
-        y (B, 1, H, N). No derivative is defined.
+        y (B, 1, H, N), without gradients.
     """
     return torch.ops.rwkv_peft.wkv6_step(r, k, v, w, u, state)
 
@@ -91,13 +93,13 @@ def _setup_context(ctx, inputs, output):
     *tensors, ctx.chunk = inputs
     chunk_states = output[2]
     ctx.mark_non_differentiable(chunk_states)
-    ctx.set_materialize_grads(False)  # or autograd would fill a gradient of chunk_states with zeros
-    # The initial state is the first of chunk_states.
+    ctx.set_materialize_grads(False)  # otherwise autograd would allocate a zero gradient for chunk_states
+    # The initial state is not saved separately: it is the first of chunk_states.
     ctx.save_for_backward(*tensors[:5], chunk_states)
 
 
 def _backward(ctx, grad_y, grad_state_out, _grad_chunk_states):
-    saved = ctx.saved_tensors  # once only: under checkpointing each access would recompute
+    saved = ctx.saved_tensors  # read only once: under checkpointing each access would recompute
     r, chunk_states = saved[0], saved[5]
     if grad_y is None:
         grad_y = torch.zeros_like(r)
@@ -108,4 +110,4 @@ def _backward(ctx, grad_y, grad_state_out, _grad_chunk_states):
 
 
 def _refuse_second_derivative(ctx, *_grads):
-    raise RuntimeError("wkv6: the compiled op has no second derivative; take backend torch or reference")
+    raise RuntimeError("wkv6: backend native has no second derivative; use backend torch or reference")

@@ -1,6 +1,6 @@
-"""WKV6, the operator of RWKV-6's time-mix: one function for training, infctx, state tuning and inference.
+"""The public WKV6 operator, and the choice of the backend that computes it.
 
-B batch, T tokens, H heads, N head size.
+One function serves training, infctx, state tuning and inference. B batch, T tokens, H heads, N head size.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from rwkv_peft.ops.wkv6.reference import wkv6_reference
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "native", "fla", "torch", "reference")
-"""native: the compiled C++ or CUDA op. fla: flash-linear-attention's, only when asked for. torch: chunks of matrix
-products. reference: one token at a time."""
+"""auto: native if it can be built, otherwise torch. native: the compiled C++ or CUDA operator. fla: the kernels of
+flash-linear-attention, used only on request. torch: matrix products of chunks. reference: one token at a time."""
 
 _FORGET = {torch.float32: 5.0, torch.float64: 7.0}
-"""The w of a decay exp(-exp(w)) that is exactly 0, and its gradient with it. No larger one than that takes, and not an
-infinite one: a backend that adds up the logarithms -exp(w) loses digits as w grows (fla's differences of such sums: a
-relative 1e-5 at 5, 1e-2 at 12)."""
+"""A w for which the decay exp(-exp(w)) and its gradient are exactly 0. It is as small as possible: a backend that adds
+the logarithms -exp(w) becomes less precise as w grows (relative error of fla: 1e-5 at 5, 1e-2 at 12)."""
 
 
 class Choice(NamedTuple):
-    """What computes WKV6 on a device, and why."""
+    """The backend that computes WKV6 on a device, and the reason for this choice."""
 
     backend: str
     why: str
@@ -49,25 +48,26 @@ def wkv6(
     starts: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The RWKV-6 recurrence ("Finch" of Eagle and Finch, arXiv:2404.05892); `ops/wkv6/reference.py` spells it out.
+    """Compute the RWKV-6 recurrence ("Finch" in Eagle and Finch, arXiv:2404.05892).
 
-    Differentiable in all six inputs, none of which is written to.
+    `ops/wkv6/reference.py` has the definition. The operator is differentiable in all six inputs and modifies none.
 
     Args:
-        r, k, v: (B, T, H, N), one dtype: fp32, bf16, fp16 or float64; any T >= 1, any strides.
-        w: (B, T, H, N), decay = exp(-exp(w)); r's dtype or fp32. Any finite value is safe.
-        u: (H, N), the bonus of the current token; r's dtype or fp32.
+        r, k, v: (B, T, H, N), all in the same dtype: fp32, bf16, fp16 or float64. Any T >= 1 and any strides.
+        w: (B, T, H, N), decay = exp(-exp(w)), in r's dtype or fp32. Any finite value is allowed.
+        u: (H, N), the bonus of the current token, in r's dtype or fp32.
         state: (B, H, N, N) in fp32, indexed [key][value]; None means zeros.
-        starts: (B, T) bool, tokens before which the state is cleared, for rows of several texts; None means nowhere.
-            The token before a start, the last of its text, loses the bonus u k v from its y. Only what comes next
-            would be predicted from it, and that is another text: a loss has to leave this token's target out.
-        backend: one of `BACKENDS`. `auto` takes `native` where it can be built, else `torch`, and logs which;
-            float64, where everything must be float64, goes to the reference.
+        starts: (B, T) bool, for rows that hold several texts: True for the first token of a text, before which the
+            state is cleared. None means that no text starts in these rows. The last token of each text has no bonus
+            u k v in its y. Its target is the first token of the next text, so exclude it from the loss.
+        backend: one of `BACKENDS`. `auto` uses `native` if it can be built, otherwise `torch`, and logs the choice. For
+            float64, `auto` uses the reference; all inputs must then be float64.
     Returns:
-        y (B, T, H, N) in r's dtype and the state after the last token (B, H, N, N) in fp32. Sums are fp32 (float64).
+        y (B, T, H, N) in r's dtype and the state after the last token (B, H, N, N) in fp32. Sums are in fp32. If r is
+        float64, sums and state are float64.
     Raises:
-        ValueError: an argument's shape, dtype or device does not fit.
-        UserError: `native` was asked for and cannot be built, or `fla` and is missing.
+        ValueError: the shape, dtype or device of an argument is wrong.
+        UserError: the requested backend is `native` and cannot be built, or `fla` and cannot be imported.
     """
     wide = torch.float64 if r.dtype == torch.float64 else torch.float32
     if state is None and r.dim() == 4:
@@ -84,18 +84,18 @@ def wkv6(
 
 @torch.no_grad()
 def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *, backend: str = "auto") -> Tensor:
-    """`wkv6` for one token of text being generated: `state` becomes the state after it, in place. No gradients.
+    """Compute `wkv6` for one token, as in generation, and update `state` in place. No gradients.
 
     Args:
         r, k, v, w: (B, 1, H, N); dtypes, u and backend as for `wkv6`.
-        state: (B, H, N, N), overwritten.
+        state: (B, H, N, N), overwritten with the state after the token.
     Returns:
         y (B, 1, H, N) in r's dtype.
     Raises:
         ValueError: more than one token, or as for `wkv6`.
     """
     if r.dim() == 4 and r.shape[1] != 1:
-        raise ValueError(f"wkv6_step: takes one token at a time; found {r.shape[1]}")
+        raise ValueError(f"wkv6_step: r must have one token, (B, 1, H, N); found {r.shape[1]} tokens")
     wide = torch.float64 if r.dtype == torch.float64 else torch.float32
     _check_arguments(r, k, v, w, u, state, wide)
     low = r.dtype == torch.float16
@@ -107,52 +107,54 @@ def wkv6_step(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tens
 
 
 def active_backend(device: torch.device | str, backend: str = "auto") -> Choice:
-    """What `wkv6(..., backend=backend)` runs on `device` for fp32, bf16 and fp16; builds the native op if need be.
+    """Return the backend that `wkv6(..., backend=backend)` uses on `device` for fp32, bf16 and fp16.
+
+    Builds the native operator if necessary.
 
     Raises:
-        ValueError: an unknown backend.
-        UserError: `native` was asked for and cannot be built, or `fla` and is missing.
+        ValueError: unknown backend.
+        UserError: the requested backend is `native` and cannot be built, or `fla` and cannot be imported.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"wkv6: backend={backend!r} is not one of {', '.join(BACKENDS)}")
+        raise ValueError(f"wkv6: backend must be one of {', '.join(BACKENDS)}; found {backend!r}")
     device_type = torch.device(device).type
     if backend == "auto":
         return _automatic(device_type)
     if backend == "native" and (reason := load_native(device_type)):
         raise UserError(
             "wkv6 backend native",
-            f"the compiled op cannot be had on {device_type}: {reason}",
-            hint="Mend that, or take backend torch (slower, needs no compiler) or auto.",
+            f"the compiled operator is not available on {device_type}: {reason}",
+            hint="Fix this, or use backend torch (slower, needs no compiler) or auto.",
         )
     if backend == "fla" and (reason := load_fla(device_type)):
-        raise UserError("wkv6 backend fla", reason, hint="Take backend native, torch or auto.")
-    return Choice(backend, "asked for")
+        raise UserError("wkv6 backend fla", reason, hint="Use backend native, torch or auto.")
+    return Choice(backend, "requested")
 
 
-@functools.cache  # so that the choice is logged once per kind of device
+@functools.cache  # logs the choice once per type of device
 def _automatic(device_type: str) -> Choice:
     reason = load_native(device_type)
     if reason is None:
-        choice = Choice("native", "the compiled op is built")
+        choice = Choice("native", "the compiled operator is available")
         logger.info("wkv6 on %s: %s, %s", device_type, *choice)
     else:
         choice = Choice("torch", reason)
-        logger.warning("wkv6 on %s: the slower torch backend, as the native one is missing: %s", device_type, reason)
+        logger.warning("wkv6 on %s: using the slower torch backend; native is not available: %s", device_type, reason)
     return choice
 
 
-@torch.compiler.assume_constant_result  # torch.compile must not look into the building of a library
+@torch.compiler.assume_constant_result  # torch.compile must not trace the build
 def _chosen_backend(device_type: str, backend: str) -> str:
     return active_backend(device_type, backend).backend
 
 
 def _backend_for(r: Tensor, backend: str) -> str:
-    """The backend that runs this call; settles what depends on more than the device."""
+    """Return the backend for this call, which also depends on the dtype and the head size of r."""
     automatic = backend == "auto"
     if automatic and r.dtype == torch.float64:
         return "reference"
     if backend == "fla" and r.dtype == torch.float64:
-        raise ValueError("wkv6: backend fla has no float64; take torch or reference")
+        raise ValueError("wkv6: backend fla does not support float64; use torch or reference")
     chosen = _chosen_backend(r.device.type, backend)
     if chosen == "native" and (obstacle := _native_obstacle(r)):
         if automatic:
@@ -163,9 +165,9 @@ def _backend_for(r: Tensor, backend: str) -> str:
 
 def _native_obstacle(r: Tensor) -> str | None:
     if r.dtype == torch.float64:
-        return "has no float64; take torch or reference"
+        return "does not support float64; use torch or reference"
     if r.is_cuda and r.shape[-1] not in CUDA_HEAD_SIZES:
-        return f"has head sizes {CUDA_HEAD_SIZES} on CUDA, not {r.shape[-1]}; take torch"
+        return f"supports head sizes {CUDA_HEAD_SIZES} on CUDA; found {r.shape[-1]}; use torch"
     return None
 
 
@@ -184,8 +186,11 @@ def _reference(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Ten
 
 
 def cleared(k: Tensor, w: Tensor, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """k, w and state for which the state is zero before each start: S_t = exp(-exp(w_t)) S_{t-1} + k_t^T v_t is zero
-    where both k_t and the decay are. No gradient passes such a place, neither to the tokens before nor to k and w."""
+    """Return k, w and state changed so that the state is zero before each start.
+
+    S_t = exp(-exp(w_t)) S_{t-1} + k_t^T v_t is zero if both k_t and the decay of the token before a start are zero. No
+    gradient passes this token, neither to the tokens before it nor to its own k and w.
+    """
     if starts.shape != k.shape[:2] or starts.dtype != torch.bool:
         raise ValueError(f"wkv6: starts must be bool {tuple(k.shape[:2])}; found {starts.dtype} {tuple(starts.shape)}")
     before = F.pad(starts[:, 1:], (0, 1))[..., None, None]  # (B, T, 1, 1): the tokens before a start
@@ -197,7 +202,7 @@ def _check_arguments(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, wide: torch.dtype
 ) -> None:
     if r.dim() != 4 or 0 in r.shape:
-        raise ValueError(f"wkv6: r must be (B, T, H, N), none of them 0; found {tuple(r.shape)}")
+        raise ValueError(f"wkv6: r must be (B, T, H, N) with no dimension of size 0; found {tuple(r.shape)}")
     if r.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"wkv6: r must be float32, bfloat16, float16 or float64; found {r.dtype}")
     B, _, H, N = r.shape
@@ -211,9 +216,9 @@ def _check_arguments(
     }
     for name, (x, shape, dtypes) in expected.items():
         if tuple(x.shape) != shape:
-            raise ValueError(f"wkv6: {name} must be {shape} beside r {rows}; found {tuple(x.shape)}")
+            raise ValueError(f"wkv6: {name} must be {shape} to match r {rows}; found {tuple(x.shape)}")
         if x.dtype not in dtypes:
             allowed = " or ".join(sorted(str(dtype) for dtype in dtypes))
-            raise ValueError(f"wkv6: {name} must be {allowed} beside r in {r.dtype}; found {x.dtype}")
+            raise ValueError(f"wkv6: {name} must be {allowed} if r is {r.dtype}; found {x.dtype}")
         if x.device != r.device:
-            raise ValueError(f"wkv6: {name} is on {x.device}, r on {r.device}")
+            raise ValueError(f"wkv6: {name} must be on the device of r, {r.device}; found {x.device}")

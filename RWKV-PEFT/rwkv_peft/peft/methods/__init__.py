@@ -1,4 +1,4 @@
-"""One file per PEFT method: its options and its layer.
+"""One file for each PEFT method: its options, its layer, and `METHOD`, which joins both.
 
-May import peft/base.py and ops; nothing else knows a method by name.
+Imports peft/base.py, peft/residual.py, config, ops and errors only. No other module tests for a method by its name.
 """

@@ -1,4 +1,4 @@
-"""Houlsby's adapter layers (arXiv 1902.00751): a small network after the projection back to the residual stream."""
+"""Adapter layers (Houlsby et al., arXiv 1902.00751): a small network after the projections to the residual stream."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rwkv_peft.ops.products import linear
-from rwkv_peft.peft.base import LayerConfig, PeftLinear
+from rwkv_peft.peft.base import LayerConfig, Method, PeftLinear
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(LayerConfig):
     """Options of `--peft adapter`."""
 
-    flag = "adapter_config"
+    name = "adapter"
+    mergeable = False
 
 
 class AdapterLinear(PeftLinear):
-    """y = h + U gelu(D h + d) + u with h = W x; U is zero at init. Not linear, so it cannot be merged.
+    """y = h + U gelu(D h + d) + u with h = W x and U zero at init. It is not linear, so it cannot be merged.
 
-    The trained parameters are `adapter_down` D (r, O), `adapter_down_bias` d (r,), `adapter_up` U (O, r) and
+    The trainable parameters are `adapter_down` D (r, O), `adapter_down_bias` d (r,), `adapter_up` U (O, r) and
     `adapter_up_bias` u (O,).
     """
 
     adapter_names = ("adapter_down", "adapter_down_bias", "adapter_up", "adapter_up_bias")
     default_targets = ("att.output", "ffn.value")
-    mergeable = False
 
     def __init__(self, base: nn.Linear | nn.Embedding, config: Any, dtype: torch.dtype = torch.float32) -> None:
         super().__init__(base, config, dtype)
@@ -39,7 +39,7 @@ class AdapterLinear(PeftLinear):
         self.adapter_up = nn.Parameter(torch.zeros(self.out_features, config.r, **like))
         self.adapter_up_bias = nn.Parameter(torch.zeros(self.out_features, **like))
 
-    def initialise(self, gradient: Tensor | None = None) -> None:
+    def initialize(self, gradient: Tensor | None = None) -> None:
         nn.init.kaiming_uniform_(self.adapter_down, a=5**0.5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,3 +49,6 @@ class AdapterLinear(PeftLinear):
 
     def project(self, x: Tensor) -> Tensor:
         return linear(x, self.weight)
+
+
+METHOD = Method(config=AdapterConfig, layer=AdapterLinear)

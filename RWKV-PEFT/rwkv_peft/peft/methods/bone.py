@@ -1,8 +1,9 @@
-"""Bone (Block Affine, arXiv 2409.15371): r x r matrices, each shared by a group of the weight's blocks."""
+"""Bone (Block Affine, arXiv 2409.15371v1): r x r matrices, each shared by a group of the weight's blocks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,44 +12,42 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.ops.bone.layouts import block_affine_delta, bone_col, bone_left, bone_materialized, bone_row
 from rwkv_peft.ops.bone.variants import bone_group, bone_hadamard, bone_unconstrained
-from rwkv_peft.peft.base import LayerConfig, PeftLinear, divisors, wide_dtype
+from rwkv_peft.peft.base import LayerConfig, Method, PeftLinear, divisors, wide_dtype
 
 ROUNDED = {"row": bone_row, "col": bone_col, "left": bone_left}
-"""Modes that can round stochastically."""
+"""Modes that support stochastic rounding."""
 PLAIN = {"group": bone_group, "unconstrained": bone_unconstrained, "hadamard": bone_hadamard}
-MODES = (*ROUNDED, *PLAIN)
+"""Modes that do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoneConfig(LayerConfig):
     """Options of `--peft bone`."""
 
-    flag = "bone_config"
-    mode: str = "row"
-    """Which blocks share a matrix, and how it acts: row, col, left, group, or the paper's ablations unconstrained and
-    hadamard (see docs/methods.md)."""
+    name = "bone"
+    meaning = (*LayerConfig.meaning, "mode", "g")
+
+    mode: Literal["row", "col", "left", "group", "unconstrained", "hadamard"] = "row"
+    """Which blocks share a matrix: row, col, left, group, or the paper's ablations unconstrained and hadamard (see
+    docs/methods.md)."""
     g: int = 0
-    """With mode group: the number of matrices. It divides the number of blocks of every target."""
-    rounding: str = "nearest"
-    """nearest, or stochastic: where products are in bf16, small updates then arrive in the mean."""
-    impl: str = "fused"
-    """fused, or materialized: dW is built as in the paper's code, for comparison (also --bone_impl)."""
-    cp: int = 0
-    """1: the materialized form is computed again in the backward pass, not kept (also --bone_cp)."""
+    """With mode group: the number of matrices. It must divide the number of blocks of every target."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """nearest, or stochastic: with products in bf16, updates too small for bf16 are preserved on average."""
+    impl: Literal["fused", "materialized"] = "fused"
+    """fused, or materialized: build W + dW as the paper's code does, for comparison (also --bone_impl)."""
+    cp: Literal[0, 1] = 0
+    """With materialized, 1: build W + dW again in the backward pass instead of keeping it (also --bone_cp)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in MODES:
-            hint = "Hugging Face's bat is col; RWKV-PEFT's bone_mode bat is row." if self.mode == "bat" else None
-            raise ConfigError(self.flag, "mode", found=self.mode, expected=" | ".join(MODES), hint=hint)
         self.require("g", self.g >= 0 and (self.g > 0) == (self.mode == "group"), "a positive integer with mode group")
-        rounds = self.mode in ROUNDED
-        self.require("rounding", self.rounding in ("nearest", "stochastic")[: 1 + rounds], "nearest | stochastic")
-        self.require("impl", self.impl in ("fused", "materialized"), "fused | materialized")
-        self.require("cp", self.cp in (0, 1), "0 | 1")
+        if self.rounding == "stochastic" and self.mode not in ROUNDED:
+            expected = f"nearest, or mode {' | '.join(ROUNDED)}"
+            raise self.error("rounding", found=f"stochastic with mode {self.mode}", expected=expected)
 
     def bone_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
-        """Of the trained parameter of a layer."""
+        """Return the shape of a layer's trainable parameter."""
         r = self.r
         if self.mode == "unconstrained":
             return 2, in_features // r, r, r
@@ -57,7 +56,7 @@ class BoneConfig(LayerConfig):
 
 
 class BoneLinear(PeftLinear):
-    """y = (W + W bone + bone) x, blockwise; the trained parameter is `bone`, of r x r matrices."""
+    """y = (W + dW) x with dW of r x r blocks; `BoneConfig.bone_shape` is the shape of the trainable `bone`."""
 
     adapter_names = ("bone",)
 
@@ -73,7 +72,7 @@ class BoneLinear(PeftLinear):
         mode = self.config.mode
         if mode in PLAIN:
             return PLAIN[mode](x, self.weight, self.bone)
-        # While training only: evaluated twice, the same input must give the same output.
+        # In training only: in evaluation, the same input must give the same output.
         stochastic = self.config.rounding == "stochastic" and self.training
         return ROUNDED[mode](x, self.weight, self.bone, stochastic)
 
@@ -98,7 +97,7 @@ class BoneLinear(PeftLinear):
         return delta.flatten(-2)
 
     @classmethod
-    def has_rows(cls, config: BoneConfig) -> bool:
+    def supports_embedding(cls, config: BoneConfig) -> bool:
         return config.mode in ("row", "col")
 
     @classmethod
@@ -113,3 +112,6 @@ class BoneLinear(PeftLinear):
         if config.g and blocks % config.g:
             what = f"does not divide the {blocks} blocks of {name}.weight ({rows} x {columns})"
             raise ConfigError(config.flag, f"g={config.g}", what=what)
+
+
+METHOD = Method(config=BoneConfig, layer=BoneLinear)

@@ -1,4 +1,4 @@
-"""DoRA (arXiv 2402.09353): the weight's direction learns by LoRA, the length of each of its rows by itself."""
+"""DoRA (arXiv 2402.09353): LoRA on the direction of the weight's rows, and a trainable length for each row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rwkv_peft.ops.low_rank import low_rank_row_norms
-from rwkv_peft.peft.base import wide_dtype
+from rwkv_peft.peft.base import Method, wide_dtype
 from rwkv_peft.peft.methods.lora import LoraConfig, LoraLinear
 
 
@@ -17,13 +17,13 @@ from rwkv_peft.peft.methods.lora import LoraConfig, LoraLinear
 class DoraConfig(LoraConfig):
     """Options of `--peft dora`."""
 
-    flag = "dora_config"
+    name = "dora"
 
 
 class DoraLinear(LoraLinear):
-    """y = m / |V| * V x with V = W + s B A and |V| the length of each row, which gradients take as constant.
+    """y = m / |V| * V x with V = W + s B A, where |V| is the length of each row and has no gradient.
 
-    Trained beside `lora_A` and `lora_B`: `lora_magnitude`, m (O,), |W| at init.
+    The trainable parameters are `lora_A`, `lora_B` and `lora_magnitude`, m (O,), which is |W| at init.
     """
 
     adapter_names = ("lora_A", "lora_B", "lora_magnitude")
@@ -32,8 +32,8 @@ class DoraLinear(LoraLinear):
         super().__init__(base, config, dtype)
         self.lora_magnitude = nn.Parameter(torch.zeros(self.out_features, device=self.weight.device, dtype=dtype))
 
-    def initialise(self, gradient: Tensor | None = None) -> None:
-        super().initialise()
+    def initialize(self, gradient: Tensor | None = None) -> None:
+        super().initialize()
         with torch.no_grad():
             self.lora_magnitude.copy_(self._lengths())
 
@@ -54,3 +54,6 @@ class DoraLinear(LoraLinear):
 
     def _lengths(self) -> Tensor:
         return low_rank_row_norms(self.weight, self.lora_A.detach(), self.lora_B.detach(), self.config.scaling)
+
+
+METHOD = Method(config=DoraConfig, layer=DoraLinear)

@@ -1,6 +1,6 @@
 """LoRA (arXiv 2106.09685): dW = s B A with s = alpha / r, and B zero at init.
 
-Options: rank-stabilised scaling, s = alpha / sqrt(r) (arXiv 2312.03732), and LoRA+'s larger learning rate for B
+Options: rank-stabilized scaling, s = alpha / sqrt(r) (arXiv 2312.03732), and LoRA+'s larger learning rate for B
 (arXiv 2402.12354).
 """
 
@@ -17,20 +17,19 @@ from torch import Tensor, nn
 
 from rwkv_peft.ops.low_rank import lora_linear
 from rwkv_peft.ops.products import linear
-from rwkv_peft.peft.base import LayerConfig, PeftLinear, wide_dtype
+from rwkv_peft.peft.base import LayerConfig, Method, PeftLinear, wide_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankConfig(LayerConfig):
-    """Options of every method that trains factors A and B."""
+    """Options of every method with trainable factors A and B."""
 
-    flag = "lora_config"
     r: int = 32
     """Rank of the update."""
     dropout: float = 0.0
     """Dropout on the input of A."""
     lr_ratio: float = 1.0
-    """LoRA+: B's learning rate relative to A's; the paper takes 16."""
+    """LoRA+: learning rate of B relative to A; the paper uses 16."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,13 +38,16 @@ class LowRankConfig(LayerConfig):
 
     @property
     def scaling(self) -> float:
-        """s in dW = s B A."""
+        """The factor s in dW = s B A."""
         return 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(LowRankConfig):
     """Options of `--peft lora`."""
+
+    name = "lora"
+    meaning = (*LowRankConfig.meaning, "alpha", "rslora")
 
     alpha: float = 32.0
     """The update is scaled by alpha / r."""
@@ -62,7 +64,7 @@ class LoraConfig(LowRankConfig):
 
 
 class LoraLinear(PeftLinear):
-    """y = W x + s B A x; the trained parameters are `lora_A` (r, I) and `lora_B` (O, r)."""
+    """y = W x + s B A x; the trainable parameters are `lora_A` (r, I) and `lora_B` (O, r)."""
 
     adapter_names = ("lora_A", "lora_B")
 
@@ -73,7 +75,7 @@ class LoraLinear(PeftLinear):
         self.lora_A = nn.Parameter(torch.zeros(config.r, in_features, **like))
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, **like))
 
-    def initialise(self, gradient: Tensor | None = None) -> None:
+    def initialize(self, gradient: Tensor | None = None) -> None:
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def project(self, x: Tensor) -> Tensor:
@@ -91,8 +93,11 @@ class LoraLinear(PeftLinear):
         return self.config.scaling * (self.lora_B[ids].to(wide) @ self.lora_A.to(wide))
 
     def low_rank_weight(self, dtype: torch.dtype) -> Tensor:
-        """s B A, (O, I)."""
+        """Return s B A, (O, I)."""
         return self.config.scaling * (self.lora_B.to(dtype) @ self.lora_A.to(dtype))
 
     def lr_scales(self) -> Mapping[str, float]:
         return {"lora_B": self.config.lr_ratio}
+
+
+METHOD = Method(config=LoraConfig, layer=LoraLinear)

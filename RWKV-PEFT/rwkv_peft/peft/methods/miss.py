@@ -1,7 +1,6 @@
-"""MiSS, the later form of Bone: one r x O matrix, shared by all input blocks.
+"""MiSS, which later versions of arXiv 2409.15371 call Bone: one r x O matrix, shared by all input blocks.
 
-dW_b = D^T for each block b of r input columns, so that y = W x + D^T sum_b x_b. Later RWKV-PEFT calls it bone or
-disha.
+dW_b = M^T for each block b of r input columns, so y = W x + M^T sum_b x_b. Later RWKV-PEFT calls it bone or disha.
 """
 
 from __future__ import annotations
@@ -14,18 +13,18 @@ from torch import Tensor, nn
 
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.ops.low_rank import miss_linear
-from rwkv_peft.peft.base import LayerConfig, PeftLinear, divisors, wide_dtype
+from rwkv_peft.peft.base import LayerConfig, Method, PeftLinear, divisors, wide_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class MissConfig(LayerConfig):
     """Options of `--peft miss`."""
 
-    flag = "miss_config"
+    name = "miss"
 
 
 class MissLinear(PeftLinear):
-    """y = W x + D^T sum_b x_b; the trained parameter is `miss`, D (r, O), zero at init."""
+    """y = W x + M^T sum_b x_b; the trainable parameter is `miss`, M (r, O), zero at init."""
 
     adapter_names = ("miss",)
 
@@ -46,4 +45,7 @@ class MissLinear(PeftLinear):
     def check_shape(cls, name: str, shape: tuple[int, int], config: MissConfig) -> None:
         if shape[1] % config.r:
             what = f"does not fit {name}.weight ({shape[0]} x {shape[1]}): {config.r} does not divide {shape[1]}"
-            raise ConfigError(config.flag, f"r={config.r}", what=what, hint=f"These do: {divisors(shape[1])}.")
+            raise ConfigError(config.flag, f"r={config.r}", what=what, hint=f"These r divide it: {divisors(shape[1])}.")
+
+
+METHOD = Method(config=MissConfig, layer=MissLinear)

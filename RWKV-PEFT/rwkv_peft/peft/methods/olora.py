@@ -7,20 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rwkv_peft.peft.base import Method
 from rwkv_peft.peft.methods.lora import LowRankConfig
-from rwkv_peft.peft.residual import DerivedLinear
+from rwkv_peft.peft.residual import ResidualLoraLinear
 
 
 @dataclass(frozen=True, kw_only=True)
 class OloraConfig(LowRankConfig):
     """Options of `--peft olora`."""
 
-    flag = "olora_config"
+    name = "olora"
 
 
-class OloraLinear(DerivedLinear):
-    """B = Q[:, :r] and A = R[:r] of W = Q R; the residual W - B A stays frozen."""
+class OloraLinear(ResidualLoraLinear):
+    """B = Q[:, :r] and A = R[:r] of W = Q R, on the frozen residual W - B A."""
 
     def factors(self, weight: Tensor, gradient: Tensor | None) -> tuple[Tensor, Tensor]:
         q, r = torch.linalg.qr(weight)
         return r[: self.config.r], q[:, : self.config.r]
+
+
+METHOD = Method(config=OloraConfig, layer=OloraLinear)

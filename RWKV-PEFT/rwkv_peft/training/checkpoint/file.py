@@ -1,10 +1,11 @@
-"""The checkpoint file: everything a run needs to go on, in one `.safetensors` that carries its own checksum.
+"""The checkpoint file: everything a run needs to resume, in one `.safetensors` with its own checksum.
 
     step-000123.safetensors    header: names, shapes, and the manifest as JSON in its metadata
                                tensors, the last of them `sha256` over every byte before it
 
-One file appears at once (written beside, flushed, renamed), so there is no half a checkpoint. Any .safetensors reader
-opens it. It is written here by hand, in pieces, since the library's writer keeps Python, and so training, waiting.
+The file is written under a temporary name, flushed and renamed, so a checkpoint is never incomplete. Any .safetensors
+reader opens it. It is written piece by piece, because the library's own writer holds Python's global lock, and training
+would have to wait.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rwkv_peft.base_model import write_atomically
 from rwkv_peft.errors import CheckpointError
+from rwkv_peft.files import atomic_write
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 (this version): state under "parts", by explicit keys. 1: state under "callbacks", by class names."""
 
 FOLDER = "checkpoints"
-"""Below the run's folder."""
+"""Name of the checkpoints' folder in the run's folder."""
 
 CHECKSUM = "sha256"
-"""Name of the tensor that holds it."""
+"""Name of the tensor with the checksum."""
 
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 _PIECE = 2**24
@@ -50,27 +52,30 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read, and found whole."""
+    """A checkpoint that was read and verified."""
 
     path: Path
     manifest: Mapping[str, Any]
     tensors: dict[str, Tensor]
-    """On the CPU, by name; whoever has put the last of them back clears it."""
+    """On the CPU, by name; cleared once they are restored, to free memory."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Of the checkpoint after `step` optimizer steps, in a folder of checkpoints."""
+    """Return the path of the checkpoint after `step` optimizer steps in a folder of checkpoints."""
     return folder / f"step-{step:06d}.safetensors"
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:
-    """The checkpoints in a folder by step, good or not, the newest first."""
+    """Return the checkpoints in a folder by step, newest first, without verifying them."""
     found = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     return dict(sorted(found, reverse=True))
 
 
 def prune(folder: Path, newest: int, keep: int) -> None:
-    """Keep `keep` checkpoints from step `newest` down. Later ones are of a course that the run has left."""
+    """Delete all but the last `keep` checkpoints up to step `newest`, and all later ones.
+
+    Later ones belong to a continuation that was abandoned when the run resumed from an earlier step.
+    """
     steps = list_checkpoints(folder)
     kept = [step for step in steps if step <= newest][:keep]
     for step, path in steps.items():
@@ -79,19 +84,13 @@ def prune(folder: Path, newest: int, keep: int) -> None:
 
 
 def remove_all(folder: Path) -> None:
-    """Every checkpoint in a folder."""
+    """Delete every checkpoint in a folder."""
     for path in list_checkpoints(folder).values():
         _remove(path)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """What runs that were killed while they wrote have left."""
-    for path in folder.glob(".step-*.tmp"):
-        _remove(path)
-
-
 def _remove(path: Path) -> None:
-    with suppress(OSError):  # the next time, then
+    with suppress(OSError):  # the next call tries again
         path.unlink()
 
 
@@ -99,23 +98,20 @@ def _remove(path: Path) -> None:
 
 
 def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> None:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Args:
         path: see `checkpoint_path`.
-        tensors: on the CPU; they must not change meanwhile.
-        manifest: anything that JSON holds.
+        tensors: on the CPU; they must not change until this returns.
+        manifest: serializable as JSON.
     Raises:
         CheckpointError: the folder cannot be written, or the disk is full.
     """
-    # Wider numbers first: every tensor then lies at a multiple of its own width.
+    # Wider dtypes first, so that every tensor is aligned to its element size.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
 
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            _write_hashed(file, [_header(ordered, manifest), *map(_bytes_of, ordered.values())])
-
-    write_atomically(path, write)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        _write_hashed(file, [_header(ordered, manifest), *map(_bytes_of, ordered.values())])
 
 
 def _header(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any]) -> bytes:
@@ -142,7 +138,7 @@ def _write_hashed(file: BinaryIO, parts: Iterable[bytes | memoryview]) -> None:
         view = memoryview(part)
         for start in range(0, len(view), _PIECE):
             piece = view[start : start + _PIECE]
-            checksum.update(piece)  # neither holds up other threads
+            checksum.update(piece)  # both release the global lock
             file.write(piece)
     file.write(checksum.digest())
 
@@ -151,10 +147,10 @@ def _write_hashed(file: BinaryIO, parts: Iterable[bytes | memoryview]) -> None:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint and check every byte of it.
+    """Read a checkpoint and verify every byte of it.
 
     Raises:
-        CheckpointError: missing, damaged, cut off, no checkpoint, or of another format.
+        CheckpointError: the file is missing, damaged, truncated, not a checkpoint, or of a newer format.
     """
     try:
         _verify(path)
@@ -167,10 +163,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def read_manifest(path: Path) -> Mapping[str, Any]:
-    """What a checkpoint says of itself, unchecked and without its tensors.
+    """Read only the manifest of a checkpoint, without verifying the file.
 
     Raises:
-        CheckpointError: unreadable, or of another format.
+        CheckpointError: unreadable, or of a newer format.
     """
     try:
         with safe_open(path, framework="pt") as handle:
@@ -186,7 +182,7 @@ def _verify(path: Path) -> None:
         for piece in _pieces(file.read, body):
             checksum.update(piece)
         if body < 0 or file.read() != checksum.digest():
-            raise CheckpointError(str(path), "damaged or cut off: its checksum does not fit")
+            raise CheckpointError(str(path), "damaged or truncated: its checksum does not match")
 
 
 def _pieces(read: Callable[[int], bytes], count: int) -> Iterator[bytes]:
@@ -196,11 +192,24 @@ def _pieces(read: Callable[[int], bytes], count: int) -> Iterator[bytes]:
 
 
 def _manifest(path: Path, metadata: Mapping[str, str] | None) -> Mapping[str, Any]:
+    """Parse the manifest and convert that of an earlier format to the current one."""
     version = (metadata or {}).get("format_version")
-    if version != str(FORMAT_VERSION) or "manifest" not in metadata:
-        expected = f"format {FORMAT_VERSION}"
-        raise CheckpointError(str(path), "no checkpoint of this program", found=f"format {version}", expected=expected)
+    if version is None or "manifest" not in metadata:
+        raise CheckpointError(str(path), "not a checkpoint of this program")
+    if version not in ("1", str(FORMAT_VERSION)):
+        hint = "A newer version of this program wrote it: update, or resume with that version."
+        raise CheckpointError(
+            str(path), "unknown checkpoint format", found=version, expected=f"{FORMAT_VERSION} or less", hint=hint
+        )
     try:
-        return json.loads(metadata["manifest"])
+        manifest = json.loads(metadata["manifest"])
     except json.JSONDecodeError as error:
         raise CheckpointError(str(path), "its manifest is not JSON") from error
+    return _from_format_1(manifest) if version == "1" else manifest
+
+
+def _from_format_1(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Convert a manifest of format 1, which has the state of parts under the names of their classes."""
+    parts = {"Validator": "validation"}
+    callbacks = manifest["callbacks"]
+    return {**manifest, "parts": {parts[name]: state for name, state in callbacks.items() if name in parts}}

@@ -1,4 +1,4 @@
-"""The random generators of a process, as what JSON holds."""
+"""The states of a process's random generators, as JSON."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Of torch (and of the device, where that has its own), numpy and Python."""
-    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (the state of others' draws)
+    """Return the states of torch (and of the CUDA device, if any), numpy and Python."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (other libraries draw from it)
     version, words, gauss = random.getstate()
     return {
         "torch": _text(torch.get_rng_state()),
@@ -24,7 +24,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go on from a state that `random_state` gave; the device's is left as it is where it had none."""
+    """Restore what `random_state` returned. A device's generator is not changed if the state has none for it."""
     torch.set_rng_state(_tensor(state["torch"]))
     if state["device"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(_tensor(state["device"]), device)

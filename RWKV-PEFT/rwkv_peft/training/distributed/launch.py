@@ -1,4 +1,4 @@
-"""Who starts a run's processes: Lightning, torchrun, Slurm's srun, or DeepSpeed's launcher (docs/multi_node.md)."""
+"""Launchers of a run's processes: Lightning, torchrun, Slurm's srun or DeepSpeed's launcher (docs/multi_node.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rwkv_peft.errors import ConfigError
 
 
 class DeepSpeedEnvironment(LightningEnvironment):
-    """What the program `deepspeed` sets. Lightning knows all of it but the machine's number."""
+    """Environment variables of the `deepspeed` launcher. Lightning reads all of them except the node rank."""
 
     @staticmethod
     def detect() -> bool:
@@ -23,44 +23,44 @@ class DeepSpeedEnvironment(LightningEnvironment):
 
 
 def leave_group() -> None:
-    """At the end of a program: threads of a process group that are alive then abort it, after all its work is done."""
+    """End the process group. Its threads could otherwise abort a program at exit, after all its work is done."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def check_launch(devices: int, num_nodes: int, environment: Mapping[str, str]) -> None:
-    """Compare the flags with what a launcher says of itself, before processes wait for others that never come.
+    """Compare the flags with the launcher's environment variables, before processes wait for others that never start.
 
     Args:
-        devices: processes of each machine, by the flags.
-        num_nodes: machines, by the flags.
-        environment: as the launcher left it.
+        devices: processes per machine, from the flags.
+        num_nodes: machines, from the flags.
+        environment: environment variables.
     Raises:
-        ConfigError: they differ, or several machines are asked for and nobody starts the others.
+        ConfigError: they differ, or there are several machines but no launcher.
     """
     name, total, each = _launched(environment)
     if not name:
         if num_nodes > 1 and not {"MASTER_ADDR", "NODE_RANK"} <= set(environment):
             raise ConfigError(
                 "num_nodes",
-                found=f"{num_nodes} without a launcher",
-                expected="torchrun, srun or deepspeed to start the processes of every machine",
-                hint="docs/multi_node.md shows each.",
+                what=f"{num_nodes} machines need a launcher (torchrun, srun or deepspeed)",
+                hint="See docs/multi_node.md.",
             )
         return
     if each is not None and each != devices:
-        found = f"{devices}, where {name} started {each} on this machine"
+        found = f"{devices}, but {name} started {each} on this machine"
         raise ConfigError("devices", found=found, expected=each)
     if total != devices * num_nodes:
-        found = f"{num_nodes} with --devices {devices}, where {name} started {total} processes in all"
+        found = f"{num_nodes} with --devices {devices}, but {name} started {total} processes in total"
         fits = total % devices == 0
         expected = total // devices if fits else "processes = machines x devices"
         raise ConfigError("num_nodes", found=found, expected=expected)
 
 
 def _launched(environment: Mapping[str, str]) -> tuple[str, int, int | None]:
-    """The launcher, its processes in all, and on this machine where it tells; ("", 1, None) without one."""
-    in_a_shell = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")  # as Lightning tells srun from it
+    """Return the launcher, its number of processes, and that on this machine, if known; without one: ("", 1, None)."""
+    # Lightning tells srun from a shell in the same way.
+    in_a_shell = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
     within = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"} & set(environment)
     if "SLURM_NTASKS" in environment and not in_a_shell and not within:
         return "srun", int(environment["SLURM_NTASKS"]), _slurm_tasks_per_node(environment)
@@ -76,7 +76,7 @@ def _slurm_tasks_per_node(environment: Mapping[str, str]) -> int | None:
     if each is None and int(environment["SLURM_NTASKS"]) > 1:
         raise ConfigError(
             "devices",
-            what="srun does not say how many tasks each machine has",
-            expected="#SBATCH --ntasks-per-node, in place of --ntasks",
+            what="srun does not report how many tasks run on each machine",
+            expected="#SBATCH --ntasks-per-node instead of --ntasks",
         )
     return int(each) if each else None

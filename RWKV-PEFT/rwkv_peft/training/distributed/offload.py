@@ -8,26 +8,26 @@ from typing import Any
 import torch
 from torch.utils import cpp_extension
 
-from rwkv_peft.console import say
+from rwkv_peft.console import note
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.ops.build import first_errors, missing_compiler, ninja_on_path, only_builder
 
 OPERATOR = "cpu_adam"
-"""DeepSpeed's name for it, and that of its build folder."""
+"""DeepSpeed's name of the operator and of its build folder."""
 
 
 def cpu_adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """DeepSpeed's AdamW for CPUs (decoupled weight decay), which it compiles at first use.
+    """Return DeepSpeed's AdamW for CPUs (decoupled weight decay), which DeepSpeed compiles on first use.
 
-    ZeRO-Offload takes no other: torch's would hold its state where the gradients are.
+    ZeRO-Offload needs this one: torch's AdamW would keep its state on the device of the gradients.
 
     Args:
-        groups: as of torch.optim.AdamW.
-        options: lr, betas, eps, as of torch.optim.AdamW.
+        groups: as for torch.optim.AdamW.
+        options: lr, betas, eps, as for torch.optim.AdamW.
     Raises:
-        ConfigError: it cannot be built here.
+        ConfigError: it cannot be compiled.
     """
-    from deepspeed.ops.adam import DeepSpeedCPUAdam  # not above: it takes seconds, and most runs do without
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # not at the top: it takes seconds, and most runs do not need it
 
     folder = Path(cpp_extension._get_build_directory(OPERATOR, verbose=False))
     is_built = (folder / f"{OPERATOR}.so").exists()
@@ -36,7 +36,7 @@ def cpu_adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optim
     try:
         with only_builder(folder), ninja_on_path():
             if not is_built:
-                say("note: building DeepSpeed's CPU Adam (about a minute, once)")
+                note("building DeepSpeed's CPU Adam (about a minute, once)")
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     except (RuntimeError, OSError) as error:
         raise _cannot(first_errors(_messages(error))) from error
@@ -45,13 +45,13 @@ def cpu_adamw(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optim
 def _cannot(reason: str) -> ConfigError:
     return ConfigError(
         "strategy",
-        what="offload needs DeepSpeed's CPU Adam, which could not be built here",
+        what="offload needs DeepSpeed's CPU Adam, which could not be compiled",
         found=reason,
-        hint="Mend that, or use the same stage without _offload. --debug shows more.",
+        hint="Fix that, or use the same stage without _offload. --debug shows more.",
     )
 
 
 def _messages(error: BaseException) -> str:
-    """Of an exception and of those it came from."""
+    """Return the messages of an exception and its causes."""
     cause = "" if error.__cause__ is None else _messages(error.__cause__)
     return f"{error}\n{cause}"

@@ -1,4 +1,4 @@
-"""Where metrics go: the terminal, metrics.jsonl, and what `--logger` names."""
+"""Where metrics go: the terminal, metrics.jsonl, and the loggers of `--logger`."""
 
 from __future__ import annotations
 
@@ -11,77 +11,74 @@ from typing import Any, Protocol
 
 from rwkv_peft.config.sections import RunConfig, TrainConfig
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.training.metrics.recorder import LineFile, MetricsFile, Progress, StepMetrics, row
+from rwkv_peft.training.metrics.events import Event, StepMetrics, to_row
+from rwkv_peft.training.metrics.metrics_file import LineFile, MetricsFile
+from rwkv_peft.training.metrics.progress import Progress
 
 DEFAULT_PROJECT = "rwkv-peft"
 """Weights & Biases project of `--logger wandb` without `--wandb`."""
 
 
-class Event(Protocol):
-    """A dataclass with the optimizer step that it belongs to, and numbers under names of its own."""
-
-    step: int
-
-
 class Consumer(Protocol):
-    """Takes the events of a run, on the main process."""
+    """Receives the events of a run, on the main process."""
 
     def __call__(self, event: Event) -> None: ...
 
     def close(self) -> None:
-        """Write what is still held back."""
+        """Write what is still buffered."""
 
 
 def check_loggers(train: TrainConfig) -> None:
-    """Raise ConfigError where a logger's package is not installed; imports none."""
+    """Raise ConfigError if a logger's package is not installed. Imports none of them."""
     for name in wanted(train):
         if name != "csv" and not _installed(name):
             flag = "logger" if name in train.logger else name
-            what, hint = f"the package {name} is not installed", f"pip install {name}, or leave the flag away."
+            what, hint = f"the package {name} is not installed", f"pip install {name}, or omit the flag."
             raise ConfigError(flag, what=what, hint=hint)
 
 
 def _installed(package: str) -> bool:
-    """A folder of that name, such as wandb leaves where it ran, is none."""
+    """A folder of that name without a module, such as wandb creates, does not count."""
     spec = find_spec(package)
     return spec is not None and spec.origin is not None
 
 
 def wanted(train: TrainConfig) -> tuple[str, ...]:
-    """The names of `--logger`, and wandb where `--wandb` names a project; each once."""
+    """Return the names in `--logger`, and wandb if `--wandb` gives a project; each once."""
     return tuple(dict.fromkeys([*train.logger, *(["wandb"] if train.wandb else [])]))
 
 
 def open_consumers(
     config: RunConfig, total_steps: int, *, first_step: int = 0, rows: Sequence[Mapping[str, Any]] = ()
 ) -> list[Consumer]:
-    """Everything that takes a run's events; for the main process, once the run's folder is there.
+    """Open everything that receives a run's events. For the main process, after the run's folder exists.
 
     Args:
         total_steps: optimizer steps of the run, for the progress line.
-        first_step: optimizer steps that earlier processes made of it, up to the checkpoint that it goes on from.
-        rows: lines of metrics.jsonl that stay.
+        first_step: optimizer steps of the run before this process, up to the checkpoint that it resumes from.
+        rows: lines of metrics.jsonl that are kept.
     Raises:
         ConfigError: a logger cannot start.
     """
     folder = Path(config.train.proj_dir)
     loggers: dict[str, Any] = {
         "csv": lambda: CsvFile(folder / "metrics.csv", rows),
-        "tensorboard": lambda: TensorBoard(folder / "tensorboard", go_on=bool(rows)),
+        "tensorboard": lambda: TensorBoard(folder / "tensorboard", append=bool(rows)),
         "wandb": lambda: WeightsAndBiases(config),
     }
     opened = [loggers[name]() for name in wanted(config.train)]
     losses = [line["loss"] for line in rows if line.get("loss") is not None]
-    metrics = MetricsFile(folder / "metrics.jsonl", go_on=bool(rows))
+    metrics = MetricsFile(folder / "metrics.jsonl", append=bool(rows))
     return [*opened, metrics, Progress(total_steps, first_step, losses if first_step else ())]
 
 
 class CsvFile:
-    """The fields of StepMetrics as columns, a row a step. Events of another kind, such as validation, are left out:
-    they have other columns, and metrics.jsonl has them.
+    """Writes one row per optimizer step, with the fields of StepMetrics as columns.
+
+    Other events, such as validations, have other columns and are only in metrics.jsonl.
 
     Args:
-        rows: what metrics.jsonl has of the run so far; the file is made anew from it.
+        rows: the lines of metrics.jsonl so far; the file starts with them.
     """
 
     def __init__(self, path: Path, rows: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -93,17 +90,17 @@ class CsvFile:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepMetrics):
-            self.writer.writerow(row(event))
+            self.writer.writerow(to_row(event))
 
     def close(self) -> None:
         self.file.close()
 
 
 class TensorBoard:
-    """Event files for TensorBoard, a scalar for each number of an event."""
+    """Writes TensorBoard event files, with one scalar per number of an event."""
 
-    def __init__(self, folder: Path, *, go_on: bool = False) -> None:
-        self.folder, self.go_on = folder, go_on
+    def __init__(self, folder: Path, *, append: bool = False) -> None:
+        self.folder, self.append = folder, append
         self.writer = None
 
     def __call__(self, event: Event) -> None:
@@ -113,12 +110,14 @@ class TensorBoard:
             self.writer.add_scalar(name, value, event.step)
 
     def _open(self, first: int) -> Any:
-        """TensorBoard is told to forget steps from the first one on: those of an earlier run in this folder, or those
-        between the checkpoint that a run goes on from and its end. `--epoch_begin` counts steps from 1 again, and keeps
-        those of before."""
+        """Open the writer and make TensorBoard drop later steps that it has already.
+
+        Those are steps of an earlier run in this folder, or steps after the checkpoint that the run resumes from. With
+        `--epoch_begin` the steps count from 1 again, and earlier ones are kept.
+        """
         from torch.utils.tensorboard import SummaryWriter
 
-        keeps = self.go_on and first <= 1
+        keeps = self.append and first <= 1
         return SummaryWriter(str(self.folder), purge_step=None if keeps else first, flush_secs=10)
 
     def close(self) -> None:
@@ -127,12 +126,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases. A training run that goes on is another one there, in the same group.
+    """Logs to Weights & Biases. A resumed run is a new run there, in the same group.
 
-    Offline with WANDB_MODE=offline: it is then a folder in `--proj_dir`, for `wandb sync`.
+    With WANDB_MODE=offline the log is a folder in `--proj_dir`, for `wandb sync`.
 
     Raises:
-        ConfigError: there is no account to log in with.
+        ConfigError: wandb cannot log in.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -145,13 +144,11 @@ class WeightsAndBiases:
                 name=folder.name,
                 group=folder.name,
                 dir=str(folder),
-                config=asdict(config),
+                config=config.to_dict(),
             )
         except wandb.errors.Error as error:
-            what, hint = (
-                f"wandb cannot start: {str(error).rstrip('. ')}",
-                "Run wandb login once, or set WANDB_MODE=offline.",
-            )
+            what = f"wandb cannot start: {str(error).rstrip('. ')}"
+            hint = "Run wandb login once, or set WANDB_MODE=offline."
             raise ConfigError("logger", what=what, hint=hint) from error
 
     def __call__(self, event: Event) -> None:
@@ -162,7 +159,7 @@ class WeightsAndBiases:
 
 
 def numbers(event: Event) -> Mapping[str, float]:
-    """What can be drawn as a curve over the steps."""
+    """Return the numbers of an event that can be drawn as curves over the steps."""
     return {
         name: value
         for name, value in asdict(event).items()

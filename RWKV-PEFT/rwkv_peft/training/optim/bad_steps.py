@@ -1,7 +1,8 @@
-"""Steps that would do harm: skipped and counted, and the run stopped where they do not end.
+"""Steps that would damage the model: skipped and counted, and the run ends if they continue.
 
-A step is judged by its global gradient norm, before the optimizer sees it. A loss that is not finite makes the
-gradient so (`keep_honest`), on every process once gradients are averaged: all come to the same verdict by themselves.
+A step is judged by its global gradient norm, before the optimizer uses the gradient. If a loss is not finite, its
+gradient is made NaN (`spread_nonfinite`); once gradients are averaged, every process sees that and makes the
+same decision.
 """
 
 from __future__ import annotations
@@ -14,23 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from rwkv_peft.config.sections import OptimConfig
 from rwkv_peft.errors import UserError
 
 WINDOW = 100
-"""Norms of good steps that the median is taken of."""
-FEWEST_NORMS = 10
-"""Good steps before the first spike can be told."""
+"""Number of good steps whose norms the median is computed from."""
+MIN_NORMS = 10
+"""Number of good steps before a spike can be recognized."""
 OVERFLOW = "overflow in fp16, the loss scale is halved"
-"""Why a step was skipped that is no bad one."""
+"""Reason for skipping a step that does not count as bad."""
 SHOWN_SAMPLES = 8
-"""Samples that a message names; metrics.jsonl has them all."""
+"""Number of samples in a message; metrics.jsonl has all of them."""
 
 
 class StepGuard:
-    """Judges optimizer steps, and remembers what it takes to do so.
+    """Decides which optimizer steps are made.
 
     Args:
         optim: `grad_spike` and `max_bad_steps`.
@@ -41,15 +41,20 @@ class StepGuard:
         self.norm = math.nan
         """Global gradient norm of the last step, before clipping."""
         self.skipped: str | None = None
-        """Why the last step was skipped; None where it was made."""
-        self.culprit: str | None = None
-        """The first parameter whose gradient was not finite in the last step, where one process has it whole."""
+        """Reason why the last step was skipped; None if it was made."""
+        self.nonfinite_name: str | None = None
+        """First parameter whose gradient was not finite in the last step, if this process has whole gradients."""
         self.bad_steps = self.overflows = self.in_a_row = 0
         self._norms: deque[float] = deque(maxlen=WINDOW)
 
     def allows(self, norm: float, *, overflowed: bool = False) -> bool:
-        """Whether a step with this gradient may be made. `overflowed`: fp16's loss scale was too high, no more."""
-        self.norm, self.culprit = norm, None
+        """Judge a step by its gradient norm and return whether it may be made.
+
+        Args:
+            norm: global gradient norm before clipping.
+            overflowed: the norm is not finite only because fp16's loss scale was too high.
+        """
+        self.norm, self.nonfinite_name = norm, None
         self.skipped = OVERFLOW if overflowed else self._objection(norm)
         if overflowed:
             self.overflows += 1
@@ -58,108 +63,89 @@ class StepGuard:
             self.in_a_row += 1
         else:
             self.in_a_row = 0
-            if norm > 0:  # a step in which nothing trains says nothing of those in which something does
+            if norm > 0:  # a step without tokens in the loss says nothing about the norms of other steps
                 self._norms.append(norm)
         return self.skipped is None
+
+    def clip_or_drop(
+        self,
+        named: Sequence[tuple[str, nn.Parameter]],
+        max_norm: float,
+        overflowed: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Clip gradients by their global norm, or drop them if the step is not allowed; return whether it is.
+
+        For strategies under which every process has whole gradients.
+
+        Args:
+            named: trainable parameters by name.
+            max_norm: maximum global norm; 0 turns clipping off.
+            overflowed: whether a norm that is not finite is due to the loss scale; all processes call it, or none.
+        """
+        parameters = [parameter for _, parameter in named if parameter.grad is not None]
+        total = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = float(total)
+        if self.allows(norm, overflowed=not math.isfinite(norm) and overflowed()):
+            if max_norm:
+                torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+            return True
+        self.nonfinite_name = next(
+            (name for name, p in named if p.grad is not None and not p.grad.isfinite().all()), None
+        )
+        for parameter in parameters:
+            parameter.grad = None
+        return False
+
+    def stop_after_bad_steps(self, step: int, loss: float, lr: float, samples: Sequence[Sequence[int]]) -> None:
+        """Raise UserError with a diagnosis after `max_bad_steps` skipped steps in a row."""
+        if self.in_a_row < self.max_bad_steps:
+            return
+        facts = [f"loss {loss:.4g}, gradient norm {self.norm:.4g}, learning rate {lr:.3g}"]
+        if self.nonfinite_name and math.isfinite(loss):  # with a NaN loss every gradient is NaN
+            facts.append(f"first gradient that is not finite: {self.nonfinite_name}")
+        if samples:
+            facts.append(f"samples {format_samples(samples)}")
+        what = f"{self.in_a_row} steps in a row were skipped ({self.skipped}); {'; '.join(facts)}"
+        raise UserError(f"training step {step}", what, hint=f"Saved files are unchanged. {self._advice(loss)}")
 
     def _objection(self, norm: float) -> str | None:
         if not math.isfinite(norm):
             return "loss or gradient not finite"
-        if not self.grad_spike or len(self._norms) < FEWEST_NORMS:
+        if not self.grad_spike or len(self._norms) < MIN_NORMS:
             return None
         median = statistics.median(self._norms)
         if norm <= self.grad_spike * median:
             return None
         return f"gradient norm {norm:.3g} above --grad_spike {self.grad_spike:g} x the median of {median:.3g}"
 
-    def stop_if_hopeless(self, step: int, loss: float, lr: float, samples: Sequence[Sequence[int]]) -> None:
-        """Raise UserError with a diagnosis after `max_bad_steps` skipped steps in a row."""
-        if self.in_a_row < self.max_bad_steps:
-            return
-        facts = [f"loss {loss:.4g}, gradient norm {self.norm:.4g}, learning rate {lr:.3g}"]
-        if self.culprit and math.isfinite(loss):  # else all are
-            facts.append(f"first gradient that is not finite: {self.culprit}")
-        if samples:
-            facts.append(f"samples {shown(samples)}")
-        what = f"{self.in_a_row} steps in a row were skipped ({self.skipped}); {'; '.join(facts)}"
-        raise UserError(f"training step {step}", what, hint=f"Saved files are as they were. {self._advice(loss)}")
-
     def _advice(self, loss: float) -> str:
         if math.isfinite(self.norm):
-            return "Try a lower --lr_init, or a larger --grad_spike if the norm has grown for good."
+            return "Try a lower --lr_init, or a larger --grad_spike if larger norms are normal by now."
         if math.isfinite(loss):
             return "Try a lower --lr_init, a longer --warmup_steps, or --precision fp32."
-        return "Try --precision fp32; a lower --lr_init; and look at these samples with tools/inspect.py."
+        return "Try --precision fp32 or a lower --lr_init, and look at these samples with rwkv-peft inspect."
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to judge as this one would."""
+        """Return the counts and norms with which a resumed run makes the same decisions."""
         counts = {name: getattr(self, name) for name in ("bad_steps", "overflows", "in_a_row")}
         return {**counts, "norms": list(self._norms)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore what `state_dict` returned."""
         self.bad_steps, self.overflows, self.in_a_row = state["bad_steps"], state["overflows"], state["in_a_row"]
         self._norms = deque(state["norms"], maxlen=WINDOW)
 
 
-def shown(samples: Sequence[Sequence[int]]) -> str:
-    """(epoch, index) pairs for a message; the first few of many."""
+def format_samples(samples: Sequence[Sequence[int]]) -> str:
+    """Format (epoch, index) pairs for a message, the first few if there are many."""
     words = ", ".join(f"{epoch}:{index}" for epoch, index in samples[:SHOWN_SAMPLES])
     more = len(samples) - SHOWN_SAMPLES
     return f"(epoch:index) {words}" + (f" and {more} more" if more > 0 else "")
 
 
-def keep_honest(loss: Tensor) -> Tensor:
-    """The loss, with a gradient that is not finite where it is not itself: an infinite loss can have a finite one."""
+def spread_nonfinite(loss: Tensor) -> Tensor:
+    """Return the loss, with a NaN gradient if it is not finite: an infinite loss can have a finite gradient."""
     if loss.requires_grad:
         finite = torch.isfinite(loss.detach())
         loss.register_hook(lambda grad: torch.where(finite, grad, math.nan))
     return loss
-
-
-def clip_or_skip(
-    guard: StepGuard,
-    named: Sequence[tuple[str, nn.Parameter]],
-    limit: float,
-    overflowed: Callable[[], bool] = lambda: False,
-) -> None:
-    """Clip gradients by their global norm, or drop them where the guard objects: an optimizer then changes nothing.
-
-    For optimizers whose gradients are whole on every process.
-
-    Args:
-        named: what trains, by name.
-        limit: largest norm; 0 for any.
-        overflowed: whether a norm that is not finite is a matter of the loss scale; asked on all processes or none.
-    """
-    trained = [parameter for _, parameter in named if parameter.grad is not None]
-    total = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])
-    norm = float(total)
-    if guard.allows(norm, overflowed=not math.isfinite(norm) and overflowed()):
-        if limit:
-            torch.nn.utils.clip_grads_with_norm_(trained, limit, total)
-        return
-    guard.culprit = next((name for name, p in named if p.grad is not None and not p.grad.isfinite().all()), None)
-    for parameter in trained:
-        parameter.grad = None
-
-
-def guard_engine(engine_optimizer: Optimizer, guard: StepGuard) -> None:
-    """Let the guard judge the steps of DeepSpeed's ZeRO optimizers (0.19), which they make inside.
-
-    They take the global norm before anything else and make no step where it is not finite; so an infinite one takes
-    the place of one that the guard objects to. Other processes see the same norm.
-    """
-    from deepspeed.runtime.utils import combine_grad_norm_groups
-
-    def verdict(norm: Tensor) -> Tensor:
-        return norm if guard.allows(float(norm)) else torch.full_like(norm, math.inf)
-
-    if hasattr(engine_optimizer, "scaled_global_norm"):  # ZeRO 1 and 2
-        engine_optimizer.check_grad_overflow = True  # bf16 parameters would make a step of any norm
-        engine_optimizer.check_overflow = lambda **_: None  # what that asks for beside the norm, which tells as much
-        whole_norm = engine_optimizer.scaled_global_norm
-        engine_optimizer.scaled_global_norm = lambda *args: verdict(whole_norm(*args))
-    else:
-        norms = engine_optimizer._get_norm_groups
-        engine_optimizer._get_norm_groups = lambda: [verdict(combine_grad_norm_groups(norms()))]

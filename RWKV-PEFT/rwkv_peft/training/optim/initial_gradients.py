@@ -1,4 +1,4 @@
-"""The base's gradients on a few batches, before anything trains."""
+"""Gradients of the base's weights on a few batches, for methods that initialize from them."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from rwkv_peft.model.rwkv6 import RWKV6
-from rwkv_peft.training.infctx import sliced_loss
+from rwkv_peft.training.sliced_loss import sliced_loss
 
 
 def mean_gradients(
     model: RWKV6, layers: Sequence[str], batches: Iterable[dict[str, Tensor]], chunk: int = 0
 ) -> dict[str, Tensor]:
-    """dL/dW of some layers' weights, by layer name, in fp32 on the CPU; L is the mean over the batches' trained tokens.
+    """Return dL/dW of some layers' weights, by layer name, in fp32 on the CPU.
 
-    They are as large as the weights in fp32, all together; on the model's device there is one at a time, unless
-    slices add up there.
+    L is the mean loss over the tokens in the loss of all batches. The gradients together are as large as the weights
+    in fp32. Only one at a time is on the model's device, unless slices accumulate there.
 
     Args:
-        model: left as it was found, without gradients.
+        model: not changed.
         layers: qualified names.
-        batches: as the data module makes them.
-        chunk: tokens of a slice, as for `sliced_loss`; the gradients are those of the whole rows.
+        batches: from the data module.
+        chunk: tokens per slice, as for `sliced_loss`; the gradients are those of the whole rows.
     """
     sums: dict[str, Tensor] = {}
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -44,7 +44,7 @@ def mean_gradients(
 
 
 def _collector(sums: dict[str, Tensor], name: str):
-    """A hook that moves a weight's gradient into `sums` as soon as it is there."""
+    """Return a hook that moves a weight's gradient into `sums` as soon as it exists."""
 
     def collect(weight: torch.nn.Parameter) -> None:
         gradient = weight.grad.float().cpu()

@@ -1,66 +1,50 @@
-"""LISA's drawing (arXiv 2403.17919): which blocks train, a pure function of the seed and the step."""
+"""LISA (arXiv 2403.17919): freezes all blocks but the ones that train in the current steps."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from rwkv_peft.peft.methods.lisa import LisaConfig
+from rwkv_peft.config.sections import RunConfig
+from rwkv_peft.training.distributed.sharding import inner_optimizer, moment_holders
 
 
-class BlockDraw:
-    """Freezes all blocks but a few, which are drawn anew every `interval` steps; the rest of the model always trains.
+class BlockFreezer:
+    """Freezes and unfreezes blocks as the method's `active_blocks` says; the rest of the model always trains.
 
     Args:
-        config: how many, how often.
-        n_layer: blocks of the model.
-        seed: of the run.
+        config: resolved; its method changes the active blocks during training.
     """
 
-    def __init__(self, config: LisaConfig, n_layer: int, seed: int) -> None:
-        self.config, self.n_layer, self.seed = config, n_layer, seed
-        self.drawn: int | None = None
-        """Number of the draw in force."""
-        self.trained: list[list[nn.Parameter]] = []
-        """By block, what may train at all (`--train_parts`); known from the first `apply` on."""
-
-    def blocks(self, draw: int) -> set[int]:
-        """The blocks of a draw."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + draw)
-        return set(torch.randperm(self.n_layer, generator=generator)[: self.config.layers].tolist())
+    def __init__(self, config: RunConfig) -> None:
+        self._method, self._n_layer, self._seed = config.peft.method, config.model.n_layer, config.data.random_seed
+        self._active: frozenset[int] | None = None
+        self._trainable: list[list[nn.Parameter]] = []
+        """Per block, the parameters that train when it is active (`--train_parts`); known from the first call on."""
 
     def apply(self, blocks: Sequence[nn.Module], optimizer: Optimizer, step: int) -> None:
-        """Freeze and thaw the model's blocks for an optimizer step.
+        """Freeze and unfreeze blocks for optimizer step `step`.
 
-        A frozen block's moments are dropped, which is what makes LISA small. DeepSpeed steps with a zero gradient where
-        none comes, so the block's groups have a rate of 0 too (`active`), and moments are dropped at a thaw as well.
-        Its groups do not hold the model's parameters, so we go by block.
+        A frozen block's moments are dropped, which is what makes LISA small. DeepSpeed updates with a zero gradient if
+        a parameter has none, so the groups of a frozen block also get a learning rate of 0 (`active`), and moments are
+        dropped again when a block is unfrozen. DeepSpeed's groups do not hold the model's parameters, so groups are
+        found by block.
         """
-        draw = step // self.config.interval
-        if draw == self.drawn:
+        active = self._method.active_blocks(step, self._n_layer, self._seed)
+        if active == self._active:
             return
-        self.drawn, chosen = draw, self.blocks(draw)
-        if not self.trained:
-            self.trained = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
-        for index, parameters in enumerate(self.trained):
+        self._active = active
+        if not self._trainable:
+            self._trainable = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
+        for index, parameters in enumerate(self._trainable):
             for parameter in parameters:
-                parameter.requires_grad_(index in chosen)
-                parameter.grad = parameter.grad if index in chosen else None
+                parameter.requires_grad_(index in active)
+                parameter.grad = parameter.grad if index in active else None
         for number, group in enumerate(optimizer.param_groups):
             was_active = group.get("active", 0)
-            group["active"] = int(group["block"] is None or group["block"] in chosen)
+            group["active"] = int(group["block"] is None or group["block"] in active)
             if not (was_active and group["active"]):
-                for tensor in _with_moments(optimizer, number):
-                    optimizer.state.pop(tensor, None)
-
-
-def _with_moments(optimizer: Optimizer, number: int) -> list[Tensor]:
-    """The tensors that the moments of a group are kept by."""
-    if not hasattr(optimizer, "fp32_partitioned_groups_flat"):
-        return optimizer.param_groups[number]["params"]
-    # ZeRO-3's groups are empty but while it steps.
-    parts = optimizer.fp32_partitioned_groups_flat
-    return [part for index, part in enumerate(parts) if optimizer.sub_group_to_group_id[index] == number]
+                for tensor in moment_holders(optimizer, number):
+                    inner_optimizer(optimizer).state.pop(tensor, None)

@@ -1,4 +1,5 @@
-"""fp16's loss scaling: small gradients would be 0 in fp16, so the loss is multiplied, and theirs divided again."""
+"""Loss scaling for fp16: the loss is multiplied by a scale so that small gradients do not become 0, and gradients are
+divided by it before the update."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from rwkv_peft.training.optim.bad_steps import OVERFLOW, StepGuard, clip_or_skip
+from rwkv_peft.training.optim.bad_steps import OVERFLOW, StepGuard
 
 
 class LossScaling(Precision):
-    """Scales the loss by torch's GradScaler; casts nothing, as the model does that itself (fp32 masters, fp16 inside).
+    """Scales the loss with torch's GradScaler. It casts nothing: the model itself casts its fp32 masters to fp16.
 
-    The scale halves after a step whose gradient overflowed, and doubles after 2000 without one.
+    The scale is halved after a step whose gradient overflowed, and doubled after 2000 steps without overflow.
 
     Args:
         device_type: cuda, or cpu in tests.
@@ -29,35 +30,37 @@ class LossScaling(Precision):
 
     def __init__(self, device_type: str) -> None:
         self.scaler = torch.amp.GradScaler(device_type)
-        self._losses_finite: Tensor | None = None  # those of the step's batches, in one bool
+        self._losses_finite: Tensor | None = None  # of the step's micro-batches so far, () bool
 
     def pre_backward(self, tensor: Tensor, module: LightningModule) -> Tensor:
         finite = torch.isfinite(tensor.detach())
         self._losses_finite = finite if self._losses_finite is None else self._losses_finite & finite
         return super().pre_backward(self.scaler.scale(tensor), module)
 
-    def clip_or_skip(
+    def clip_or_drop(
         self,
         guard: StepGuard,
         named: Sequence[tuple[str, Parameter]],
-        limit: float,
+        max_norm: float,
         optimizer: Optimizer,
         strategy: Strategy,
-    ) -> None:
-        """`guard.clip_or_skip` on gradients without the scale, and the next step's scale.
+    ) -> bool:
+        """`StepGuard.clip_or_drop` on unscaled gradients; also updates the scale for the next step.
 
-        A gradient that overflowed below a finite loss is the scale's fault; no scale mends a loss that is not finite.
+        An infinite gradient of a finite loss means that the scale was too high. If the loss itself is not finite, no
+        scale helps.
         """
         self.scaler.unscale_(optimizer)
 
         def overflowed() -> bool:
-            bad = strategy.reduce((~self._losses_finite).float(), reduce_op="max")  # of any process
-            return not bad and self.scaler.get_scale() > 1
+            any_bad = strategy.reduce((~self._losses_finite).float(), reduce_op="max")  # over all processes
+            return not any_bad and self.scaler.get_scale() > 1
 
-        clip_or_skip(guard, named, limit, overflowed)
-        blameless = guard.skipped is not None and guard.skipped != OVERFLOW
-        self.scaler.update(self.scaler.get_scale() if blameless else None)
+        allowed = guard.clip_or_drop(named, max_norm, overflowed)
+        keep_scale = not allowed and guard.skipped != OVERFLOW
+        self.scaler.update(self.scaler.get_scale() if keep_scale else None)
         self._losses_finite = None
+        return allowed
 
     def state_dict(self) -> dict[str, Any]:
         return self.scaler.state_dict()

@@ -19,15 +19,15 @@ DECAY_LR_SCALE = 2.0
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig, *, by_block: bool = False) -> list[dict]:
-    """The trained parameters, grouped by learning-rate multiplier (`lr_scale`) and weight decay (matrices only).
+    """Return the trainable parameters, grouped by learning-rate multiplier (`lr_scale`) and weight decay.
 
-    Multipliers are of the rate that starts at lr_init: lr_bone / lr_init for an adapter, times the method's own
-    (LoRA+'s ratio), and RWKV-LM's for the base.
+    Only matrices decay. Multipliers are relative to the rate that starts at lr_init. An adapter's is lr_bone / lr_init,
+    times the method's own (LoRA+'s ratio); a base parameter's is RWKV-LM's.
 
     Args:
-        model: any module with marked parameters.
-        optim: weight decay, the adapter's rate, and whether RWKV-LM's rules for `time_*` count.
-        by_block: keep the blocks apart: a group's `block` is the number of its block, None outside of the blocks.
+        model: any module with trainable parameters marked.
+        optim: weight decay, the adapter's rate, and whether RWKV-LM's rules for `time_*` apply.
+        by_block: make separate groups per block; a group's `block` is its block's number, or None outside the blocks.
     """
     methods_scales, adapters = lr_scales(model), adapter_parameters(model)
     adapter_scale = optim.lr_bone / optim.lr_init if optim.lr_bone else 1.0
@@ -49,9 +49,10 @@ def parameter_groups(model: nn.Module, optim: OptimConfig, *, by_block: bool = F
 
 
 def _base_rule(name: str, parameter: nn.Parameter, layerwise: bool) -> tuple[float, bool]:
-    """Rate multiplier of a base parameter, and whether it decays: RWKV-LM's x060 rules.
+    """Return a base parameter's rate multiplier and whether it has weight decay, by RWKV-LM's x060 rules.
 
-    Its vectors wear a (1, 1, C) coat. With `layerwise`, no `time_*` decays, the matrices among them included.
+    RWKV stores vectors with shape (1, 1, C). With `layerwise`, `time_*` parameters have no weight decay, not even
+    matrices.
     """
     is_matrix = parameter.squeeze().ndim >= 2
     if not layerwise:
@@ -63,11 +64,10 @@ def _base_rule(name: str, parameter: nn.Parameter, layerwise: bool) -> tuple[flo
 def build_optimizer(
     model: nn.Module, optim: OptimConfig, *, by_block: bool = False, offload: bool = False
 ) -> torch.optim.Optimizer:
-    """The optimizer that `--optim` names, over the trained parameters; with `offload` the one that DeepSpeed runs on
-    CPUs.
+    """Return the optimizer of `--optim` over the trainable parameters; with `offload`, DeepSpeed's AdamW for CPUs.
 
     Raises:
-        ConfigError: bitsandbytes is missing.
+        ConfigError: bitsandbytes is not installed.
     """
     groups = parameter_groups(model, optim, by_block=by_block)
     options = {"lr": optim.lr_init, "betas": (optim.beta1, optim.beta2), "eps": optim.adam_eps}
@@ -80,12 +80,12 @@ def build_optimizer(
 
 
 def _fuses(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether torch has one kernel for a whole step on these devices: 3x as fast on a CPU (docs/training.md)."""
+    """Whether torch has a fused AdamW for these parameters, which is 3x as fast on a CPU (docs/training.md)."""
     return all(p.device.type in ("cpu", "cuda") and p.dtype.is_floating_point for p in parameters)
 
 
 def _adamw_8bit(groups: list[dict], options: dict) -> torch.optim.Optimizer:
-    # On import it may complain that a kernel for generation is missing, which is not used here.
+    # On import it may warn that a kernel for generation is missing; that kernel is not used here.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         from bitsandbytes.optim import AdamW8bit

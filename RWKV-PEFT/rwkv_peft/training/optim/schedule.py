@@ -8,17 +8,18 @@ from collections.abc import Callable, Mapping
 from rwkv_peft.config.sections import OptimConfig
 
 DECAY_SHARE = 0.2
-"""Part of the steps after warmup in which `wsd` decays: as good as cosine of that length (arXiv 2405.18392, 4.1)."""
+"""Share of the steps after warmup in which `wsd` decays; 20 % match a cosine schedule (arXiv 2405.18392, 4.1)."""
 
 
 def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
-    """Warmup from 1 % as in RWKV-LM, then `--lr_schedule` from lr_init to lr_final, which the last step has.
+    """Return the learning rate of a step: warmup from 1 % as in RWKV-LM, then `--lr_schedule` from lr_init to lr_final.
 
-    A run of one step has lr_init, or the warmup's first rate; one that is over before its warmup never leaves that.
+    The last step has lr_final. A run of one step has lr_init, or the first rate of the warmup. If the run is shorter
+    than its warmup, it ends before warmup is complete.
 
     Args:
         step: optimizer steps done so far, 0 for the first.
-        total_steps: optimizer steps of the whole run; later steps go on at the end's rate.
+        total_steps: optimizer steps of the whole run; later steps keep the last rate.
         optim: rates, warmup and schedule.
     """
     warmup = max(0, optim.warmup_steps)
@@ -29,7 +30,7 @@ def learning_rate(step: int, total_steps: int, optim: OptimConfig) -> float:
 
 
 def _exponential(begin: float, end: float, progress: float) -> float:
-    """RWKV-LM's; a rate of 0 at either end makes it linear."""
+    """Exponential decay as in RWKV-LM; linear if the rate at either end is 0."""
     if begin == 0 or end == 0:
         return _linear(begin, end, progress)
     return begin * (end / begin) ** progress
@@ -49,7 +50,7 @@ def _cosine(begin: float, end: float, progress: float) -> float:
 
 
 def _warmup_stable_decay(begin: float, end: float, progress: float) -> float:
-    """The rate stays, and falls linearly at the end (arXiv 2404.06395)."""
+    """Constant, then linear decay at the end (arXiv 2404.06395)."""
     return _linear(begin, end, max(0.0, (progress - (1 - DECAY_SHARE)) / DECAY_SHARE))
 
 
